@@ -39,11 +39,11 @@ def text_sha256(text: str) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, all of it or nothing: written beside the target, flushed, renamed."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     with draft.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        stream.write("\n")
+        stream.write(f"{text}\n")
         stream.flush()
         os.fsync(stream.fileno())
     draft.replace(path)
@@ -66,8 +66,7 @@ def read_json(path: Path) -> Any:
 def write_manifest(folder: Path) -> None:
     """List every file under `folder` with its sum and size in its `manifest.json`."""
     entries = {
-        name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in _files(folder)
+        name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in _files(folder)
     }
     write_json(folder / MANIFEST, {"files": entries})
 
@@ -81,13 +80,23 @@ def verify(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; run `dvc repro` to make it, or `dvc pull` to fetch it")
     if not (folder / MANIFEST).exists():
-        raise UserError(f"{folder}: has no {MANIFEST}, so its files cannot be trusted; point at a folder made by a stage")
-    entries = read_json(folder / MANIFEST)["files"]
+        raise UserError(f"{folder}: has no {MANIFEST}, so nobody vouches for it; name a folder made by a stage")
+    entries = _read_manifest(folder / MANIFEST)
     for name, entry in entries.items():
         _verify_file(folder / name, entry)
     unlisted = sorted(set(_files(folder)) - set(entries))
     if unlisted:
         raise UserError(f"{folder / unlisted[0]}: is not in {MANIFEST}; remove it, or run `dvc checkout` to restore")
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    manifest = read_json(path)
+    entries = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(entries, dict) or not all(
+        isinstance(e, dict) and {"sha256", "bytes"} <= set(e) for e in entries.values()
+    ):
+        raise UserError(f"{path}: is not a manifest; run `dvc checkout` to restore it, or `dvc repro` to make it again")
+    return entries
 
 
 def _verify_file(path: Path, entry: dict[str, Any]) -> None:
@@ -114,6 +123,7 @@ def publish(staging: Path, target: Path) -> None:
     """
     _flush(staging)
     target.parent.mkdir(parents=True, exist_ok=True)
+    recover(target)
     retired = _retired(target)
     if not target.exists():
         staging.rename(target)
@@ -164,7 +174,9 @@ def _files(folder: Path) -> Iterator[str]:
 
 def _flush(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_dir():
+            _flush_folder(path)
+        elif path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
     _flush_folder(folder)

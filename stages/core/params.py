@@ -7,6 +7,8 @@ explained by the file alone. Unknown keys are refused and every mistake is repor
 from __future__ import annotations
 
 import difflib
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -475,7 +477,7 @@ def parse_params(raw: object, where: str) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(dict(problem), where) for problem in error.errors()]
+        lines = [_explain(dict(problem), raw, where) for problem in error.errors()]
         raise UserError("\n".join(lines)) from None
 
 
@@ -488,10 +490,10 @@ def _read_yaml(path: Path) -> object:
         raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _explain(problem: dict[str, Any], where: str) -> str:
+def _explain(problem: dict[str, Any], raw: object, where: str) -> str:
     """Turn one pydantic error into one line: what is wrong, where, what would be right."""
     location = [str(part) for part in problem["loc"]]
-    name = ".".join(location) or "params"
+    name = _name_in_file(problem["loc"], raw) or "params"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         siblings = _fields_at(location[:-1])
@@ -505,8 +507,42 @@ def _explain(problem: dict[str, Any], where: str) -> str:
     if problem["type"] in ("union_tag_invalid", "literal_error"):
         expected = problem["ctx"].get("expected_tags") or problem["ctx"].get("expected")
         given = problem["ctx"].get("tag", problem["input"])
+        name = f"{name}.kind" if problem["type"] == "union_tag_invalid" else name
         return f"{where}: {name}: got {given!r}; {_nearest(str(given), str(expected))}one of {expected}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{where}: {name}.kind: missing; it says which of the other names are valid, see presets/questions.yaml"
+    if problem["type"] == "float_type" and _is_number(problem["input"]):
+        # YAML 1.1 takes 1e-4 for text.
+        return f"{where}: {name}: {problem['input']!r} is text to YAML; write {_with_point(problem['input'])}"
     return f"{where}: {name}: {message}, got {problem['input']!r}"
+
+
+def _name_in_file(location: Sequence[str | int], raw: object) -> str:
+    """Name a place as the file writes it, without the tags of unions that pydantic adds: `acquire.corpus[0].format`."""
+    name, here = "", raw
+    for part in location:
+        if isinstance(here, dict) and part not in here and part == here.get("kind"):
+            continue
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+        if isinstance(here, dict):
+            here = here.get(part)
+        elif isinstance(here, list) and isinstance(part, int):
+            here = here[part]
+    return name.removeprefix(".")
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def _with_point(text: str) -> str:
+    """Write 1e-4 as 1.0e-4, which YAML takes for a number."""
+    digits, mark, exponent = text.strip().lower().partition("e")
+    sign = "" if exponent.startswith(("-", "+")) else "+"
+    return f"{digits if '.' in digits else f'{digits}.0'}{mark}{sign if mark else ''}{exponent}"
 
 
 def _nearest(given: str, expected: str) -> str:

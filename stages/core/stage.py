@@ -12,7 +12,6 @@ import csv
 import errno
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -22,8 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy
+import psutil
 from filelock import FileLock, Timeout
 
 from stages.core.artifacts import (
@@ -40,6 +41,7 @@ from stages.core.artifacts import (
     write_manifest,
 )
 from stages.core.errors import UserError
+from stages.core.hardware import peak_memory_mb
 from stages.core.observe.progress import say
 from stages.core.observe.tracking import RunRecord
 from stages.core.params import Params, load_params
@@ -109,9 +111,7 @@ def open_stage(name: str, params: Params, inputs: Mapping[str, Path], out: Path)
         _check_disk(inputs)
         _seed(params.seed)
         key = _state_key(name, params, inputs)
-        staging = STATE / "staging" / f"{name}-{os.getpid()}"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        staging = _new_staging(name)
         origins = {role: digest(folder) for role, folder in inputs.items()}
         record = RunRecord.start(name, params, origins)
         run = StageRun(name, params, inputs, staging, STATE / name / key, record)
@@ -127,7 +127,9 @@ def open_stage(name: str, params: Params, inputs: Mapping[str, Path], out: Path)
         record.finish(out)
 
 
-def command(name: str, body: Callable[[StageRun], dict[str, Any]], inputs: Sequence[str], variants: bool = False) -> None:
+def command(
+    name: str, body: Callable[[StageRun], dict[str, Any]], inputs: Sequence[str], variants: bool = False
+) -> None:
     """Run a room from its command line and exit: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted.
 
     Args:
@@ -155,8 +157,8 @@ def _run_command(name: str, body: Callable[[StageRun], dict[str, Any]], inputs: 
     except KeyboardInterrupt:
         say(f"{full_name}: interrupted; the next run goes on from here")
         return EXIT_INTERRUPTED
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:  # whatever it is, it goes on up unless the disk is full
+        if not _tells_full_disk(error):
             raise
         say(f"{full_name}: the disk of {Path.cwd()} is full; free some space and run again, nothing was lost")
         return EXIT_USER_ERROR
@@ -169,7 +171,7 @@ def _run_body(run: StageRun, body: Callable[[StageRun], dict[str, Any]]) -> None
     spent = _energy_joules()
     measured = {
         "wall_seconds": round(time.monotonic() - started, 3),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_memory_mb": peak_memory_mb(),
         "energy_joules": None if energy is None or spent is None else round(spent - energy, 1),
     }
     write_json(run.staging / METRICS, metrics)
@@ -214,13 +216,37 @@ def _interrupt(number: int, frame: object) -> None:
 @contextmanager
 def _only_one(out: Path) -> Iterator[None]:
     """Refuse to run a stage twice at a time over the same output."""
-    path = STATE / "locks" / f"{'-'.join(out.parts)}.lock"
+    path = STATE / "locks" / f"{quote(out.as_posix(), safe='')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
     try:
-        with FileLock(path, timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
         raise UserError(f"{out}: another run is writing it; wait until it ends (lock: {path})") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _new_staging(name: str) -> Path:
+    """Make an empty folder to write the output in; what killed runs of the stage left there is removed."""
+    staging = STATE / "staging" / f"{name}-{os.getpid()}"
+    for left in staging.parent.glob(f"{name}-*"):
+        owner = left.name.rpartition("-")[2]
+        if left == staging or not owner.isdigit() or not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def _tells_full_disk(error: BaseException | None) -> bool:
+    """Libraries in C++ and Rust wrap the system's error in their own, so its words count as well as its number."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _check_disk(inputs: Mapping[str, Path]) -> None:
@@ -230,7 +256,9 @@ def _check_disk(inputs: Mapping[str, Path]) -> None:
     ARTIFACTS.mkdir(exist_ok=True)
     free = shutil.disk_usage(ARTIFACTS).free
     if free < needed:
-        raise UserError(f"{ARTIFACTS.resolve()}: {free >> 20} MiB free on the disk, {needed >> 20} MiB needed; free some space")
+        raise UserError(
+            f"{ARTIFACTS.resolve()}: {free >> 20} MiB free on the disk, {needed >> 20} MiB needed; free some space"
+        )
 
 
 def _seed(seed: int) -> None:
@@ -240,10 +268,11 @@ def _seed(seed: int) -> None:
     if torch is not None:
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and hides nothing here
 
 
 def _state_key(name: str, params: Params, inputs: Mapping[str, Path]) -> str:
-    """Name everything that decides a stage's result: inputs, params and code; resume state of anything else is stale."""
+    """Name everything that decides a result: inputs, params and code; resume state of anything else is stale."""
     code = [file_sha256(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     sums = [file_sha256(folder / MANIFEST) for folder in inputs.values()]
     return text_sha256("\n".join([name, params.model_dump_json(exclude={"tracking"}), *sums, *code]))[:16]
@@ -255,5 +284,3 @@ def _energy_joules() -> float | None:
         return int(_RAPL.read_text()) / 1e6
     except (OSError, ValueError):
         return None
-
-

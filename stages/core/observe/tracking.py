@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import threading
 import time
@@ -36,9 +37,11 @@ PARENT_FILE = "execution.json"
 
 _SECONDS_BETWEEN_PUSHES = 1.0
 _SECONDS_TO_WAIT_AT_THE_END = 30.0
+_SECONDS_TO_WAIT_WHEN_INTERRUPTED = 3.0
 _POINTS_PER_BATCH = 900  # MLflow takes at most 1000 metrics in one call
 _PARAMS_PER_BATCH = 90  # and at most 100 params
 _LONGEST_PARAM = 500
+_LONGEST_NAME = 250
 _SHOWN = {".json", ".csv", ".png", ".svg", ".html"}
 
 
@@ -108,7 +111,8 @@ class RunRecord:
         self._run["tags"].update(tags)
         write_json(self.folder / RUN_FILE, self._run)
         self._stop.set()
-        self._thread.join(_SECONDS_TO_WAIT_AT_THE_END)
+        interrupted = status == "KILLED"
+        self._thread.join(_SECONDS_TO_WAIT_WHEN_INTERRUPTED if interrupted else _SECONDS_TO_WAIT_AT_THE_END)
 
 
 def open_execution(params: Params) -> str:
@@ -159,10 +163,9 @@ def mirror(folder: Path, client: Any, uri: str) -> str:
     """Send what MLflow does not hold yet of one run; calling it again sends only what is new. Return the run's id."""
     with _lock(folder / RUN_FILE):
         run, state = read_json(folder / RUN_FILE), _mirror_state(folder, uri)
-        if not state["run_id"]:
+        if not state["described"]:
             parent = mirror_execution(folder.parent, client, uri)
-            state["run_id"] = _create(client, run, {"mlflow.parentRunId": parent})
-            _send_params(client, state["run_id"], run["params"])
+            _describe(client, run, {"mlflow.parentRunId": parent}, folder, state)
         state["points"] += _send_points(client, state["run_id"], folder / HISTORY_FILE, state["points"])
         if run["ended"] and not state["ended"]:
             _send_end(client, state["run_id"], run)
@@ -175,11 +178,8 @@ def mirror_execution(folder: Path, client: Any, uri: str) -> str:
     """Create the parent run of an execution where it is missing; return its id."""
     with _lock(folder / PARENT_FILE):
         state = _mirror_state(folder, uri)
-        if not state["run_id"]:
-            run = read_json(folder / PARENT_FILE)
-            state["run_id"] = _create(client, run, {})
-            _send_params(client, state["run_id"], run["params"])
-            write_json(folder / MIRROR_FILE, state)
+        if not state["described"]:
+            _describe(client, read_json(folder / PARENT_FILE), {}, folder, state)
     return str(state["run_id"])
 
 
@@ -193,13 +193,18 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def mlflow_name(name: str) -> str:
+    """Replace what MLflow refuses in names, such as the @ of `evaluate@prune` or a label's punctuation."""
+    return re.sub(r"[^\w.\- ]", "_", name)[:_LONGEST_NAME]
+
+
 def milliseconds() -> int:
     """Return the time since the epoch in milliseconds, as MLflow counts."""
     return time.time_ns() // 1_000_000
 
 
 def git_tags() -> dict[str, str]:
-    """Name the commit and branch of the working tree in the tags that the MLflow UI knows; empty outside a repository."""
+    """Name the commit and branch in the tags that the MLflow UI knows; empty outside a repository."""
     commit = _git("rev-parse", "HEAD")
     if not commit:
         return {}
@@ -224,16 +229,24 @@ def _keep_mirrored(folder: Path, uri: str, stop: threading.Event) -> None:
         mirror(folder, client, uri)
         mirror_all(client, uri)
     except Exception as problem:  # noqa: BLE001  tracking must never end a stage; what happened is said, and retried later
-        reason = " ".join(str(problem).split())[:120]
+        reason = re.sub(r"//\S*@", "//", " ".join(str(problem).split()))[:120]
         say(f"MLflow at {_without_secrets(uri)} cannot be reached ({reason}); going on, the run is filled in later")
 
 
 def _waits(folder: Path, uri: str) -> bool:
     run = read_json(folder / RUN_FILE)
-    if run["ended"] is None and not psutil.pid_exists(run["pid"]):
+    if run["ended"] is None and not _is_running(run):
         run.update(status="KILLED", ended=milliseconds())
         write_json(folder / RUN_FILE, run)
     return run["ended"] is not None and not _mirror_state(folder, uri)["ended"]
+
+
+def _is_running(run: Mapping[str, Any]) -> bool:
+    """A process of the same number that is younger than the run is another one."""
+    try:
+        return bool(psutil.Process(run["pid"]).create_time() * 1000 <= run["started"])
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _mirror_state(folder: Path, uri: str) -> dict[str, Any]:
@@ -242,16 +255,27 @@ def _mirror_state(folder: Path, uri: str) -> dict[str, Any]:
     state = read_json(path) if path.exists() else {}
     if state.get("uri") == _without_secrets(uri):
         return dict(state)
-    return {"uri": _without_secrets(uri), "run_id": None, "points": 0, "ended": False}
+    return {"uri": _without_secrets(uri), "run_id": None, "described": False, "points": 0, "ended": False}
+
+
+def _describe(
+    client: Any, run: Mapping[str, Any], tags: Mapping[str, str], folder: Path, state: dict[str, Any]
+) -> None:
+    """Create a run with its params. Its id is kept at once, so that a server that fails midway gets no second run."""
+    if not state["run_id"]:
+        state["run_id"] = _create(client, run, tags)
+        write_json(folder / MIRROR_FILE, state)
+    _send_params(client, state["run_id"], run["params"])
+    state["described"] = True
+    write_json(folder / MIRROR_FILE, state)
 
 
 def _create(client: Any, run: Mapping[str, Any], tags: Mapping[str, str]) -> str:
     name = run["experiment"]
     experiment = client.get_experiment_by_name(name)
     identifier = experiment.experiment_id if experiment else client.create_experiment(name, _artifact_location(client))
-    created = client.create_run(
-        identifier, start_time=run["started"], run_name=run["name"], tags={**run["tags"], **tags}
-    )
+    named = {mlflow_name(key): value for key, value in {**run["tags"], **tags}.items()}
+    created = client.create_run(identifier, start_time=run["started"], run_name=run["name"], tags=named)
     return str(created.info.run_id)
 
 
@@ -263,7 +287,7 @@ def _artifact_location(client: Any) -> str | None:
 def _send_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
     from mlflow.entities import Param
 
-    entries = [Param(name, str(value)[:_LONGEST_PARAM]) for name, value in params.items()]
+    entries = [Param(mlflow_name(name), str(value)[:_LONGEST_PARAM]) for name, value in params.items()]
     for start in range(0, len(entries), _PARAMS_PER_BATCH):
         client.log_batch(run_id, params=entries[start : start + _PARAMS_PER_BATCH])
 
@@ -274,7 +298,7 @@ def _send_points(client: Any, run_id: str, path: Path, sent: int) -> int:
 
     lines = _complete_lines(path)[sent:]
     entries = [
-        Metric(name, float(value), line["time"], line["step"])
+        Metric(mlflow_name(name), float(value), line["time"], line["step"])
         for line in map(json.loads, lines)
         for name, value in line["values"].items()
     ]
@@ -293,8 +317,8 @@ def _complete_lines(path: Path) -> list[str]:
 def _send_end(client: Any, run_id: str, run: Mapping[str, Any]) -> None:
     from mlflow.entities import Metric, RunTag
 
-    metrics = [Metric(name, value, run["ended"], 0) for name, value in run["metrics"].items()]
-    tags = [RunTag(name, value) for name, value in run["tags"].items()]
+    metrics = [Metric(mlflow_name(name), value, run["ended"], 0) for name, value in run["metrics"].items()]
+    tags = [RunTag(mlflow_name(name), value) for name, value in run["tags"].items()]
     client.log_batch(run_id, metrics=metrics[:_POINTS_PER_BATCH], tags=tags)
     for path in _shown_files(run["output"]):
         client.log_artifact(run_id, str(path))
@@ -317,10 +341,17 @@ def _execution_of_process() -> str:
     """Name the `dvc` process above this one, so that all stages of one `dvc repro` share an execution."""
     me = psutil.Process()
     for process in [*reversed(me.parents()), me]:
-        words = " ".join(process.cmdline()[:3])
-        if "dvc" in words.split("/")[-1] or "/dvc" in words:
+        if _is_dvc(process):
             return f"{int(process.create_time())}-{process.pid}"
     return f"{int(me.create_time())}-{me.pid}"
+
+
+def _is_dvc(process: psutil.Process) -> bool:
+    """Tell `dvc`, `python -m dvc` and `python .venv/bin/dvc` from an editor that has `dvc.yaml` open."""
+    try:
+        return any(Path(word).name == "dvc" for word in process.cmdline()[:3])
+    except psutil.Error:
+        return False
 
 
 def _default_uri() -> str:

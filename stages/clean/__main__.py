@@ -1,0 +1,50 @@
+"""`python -m stages.clean`: raw splits and corpus -> cleaned ones, and the rejects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stages.clean.corpus import clean_corpus
+from stages.clean.labelled import SPLITS, clean_labelled
+from stages.clean.ledger import CORPUS, CORPUS_REMOVALS, REMOVALS, REPAIRS, Ledger
+from stages.core.artifacts import write_json
+from stages.core.stage import StageRun, command
+from stages.core.tables import frame_of, read_table, write_table
+
+
+def run_clean(run: StageRun) -> dict[str, Any]:
+    """Clean the splits, then the corpus, which must not give away test and validation; return counts."""
+    params, ledger = run.params.clean, Ledger()
+    raw = {name: read_table(run.inputs["data"] / f"{name}.parquet", "parquet", "utf-8") for name in SPLITS}
+    texts = read_table(run.inputs["corpus"] / "corpus.parquet", "parquet", "utf-8")["text"].tolist()
+    splits = clean_labelled(raw, params, ledger)
+    protected = [*splits["test"]["text"], *splits["validation"]["text"]]
+    corpus = clean_corpus(texts, protected, params, ledger)
+    data = run.unit("data")
+    for name, frame in splits.items():
+        write_table(frame, data / f"{name}.parquet")
+    labels = sorted(set(splits["train"]["label"]))
+    write_json(data / "labels.json", labels)
+    write_table(frame_of(["text"], [[text] for text in corpus]), run.unit("corpus") / "corpus.parquet")
+    write_table(ledger.rejects(), run.staging / "rejects.parquet")
+    write_table(ledger.rules((*SPLITS, CORPUS)), run.staging / "rules.csv")
+    kept = sum(map(len, splits.values()))
+    run.say(
+        f"{kept} of {sum(map(len, raw.values()))} labelled texts and {len(corpus)} of {len(texts)} of the corpus stay"
+    )
+    return {
+        "rows": {name: {"in": len(raw[name]), "out": len(splits[name])} for name in SPLITS},
+        "labels": len(labels),
+        "repaired": ledger.totals(REPAIRS, SPLITS),
+        "removed": ledger.totals(REMOVALS, SPLITS),
+        "corpus": {
+            "in": len(texts),
+            "out": len(corpus),
+            "repaired": ledger.totals(REPAIRS, (CORPUS,)),
+            "removed": ledger.totals(CORPUS_REMOVALS, (CORPUS,)),
+        },
+    }
+
+
+if __name__ == "__main__":
+    command("clean", run_clean, inputs=("data", "corpus"))

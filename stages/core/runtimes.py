@@ -1,0 +1,310 @@
+"""The exported ONNX model and the runtimes that execute it.
+
+The file is the artifact; which runtime is fastest is found by measuring on the machine at hand. A serving process
+needs neither PyTorch nor transformers: nothing here imports them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy
+from tokenizers import Tokenizer
+
+from stages.core.artifacts import MANIFEST, STATE, read_json, verify
+from stages.core.batches import length_batches, pad
+from stages.core.errors import UserError
+from stages.core.hardware import thread_limit
+from stages.core.metrics import softmax
+
+Array = numpy.ndarray
+Batch = tuple[Array, Array]
+Goal = Literal["latency", "throughput"]
+
+ONNX_FILE = "model.onnx"
+HEADROOM_FILE = "headroom.json"
+REFERENCE_RUNTIME = "onnxruntime-cpu"
+"""Always installed; what the others are compared with."""
+
+_PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
+_TENSORRT_LARGEST_BATCH = 128
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An exported text classifier: the ONNX file with its tokenizer and labels."""
+
+    folder: Path
+    """Holds model.onnx, the tokenizer and headroom.json."""
+    labels: tuple[str, ...]
+    maximum_length: int
+    """Tokens per text, special tokens included; longer texts are cut."""
+    inputs: tuple[str, str]
+    """ONNX input names: token ids, attention mask."""
+    quantized: bool
+    parameters: int
+    tokenizer: Tokenizer
+    pad_id: int
+    """Token id that fills short texts."""
+
+    @classmethod
+    def load(cls, folder: Path) -> ExportedModel:
+        """Load a model from its unit folder, or from the output folder of a stage with `model/` inside.
+
+        Raises:
+            UserError: if the folder holds no exported model, or a file of it is missing or altered.
+        """
+        folder = _model_folder(folder)
+        verify(folder)
+        description = read_json(folder / HEADROOM_FILE)
+        if description.get("task") != "text-classification" or len(description.get("inputs", [])) != 2:
+            raise UserError(
+                f"{folder / HEADROOM_FILE}: task {description.get('task')!r} with inputs {description.get('inputs')}; "
+                "this version runs text-classification with token ids and attention mask"
+            )
+        return cls(
+            folder=folder,
+            labels=tuple(description["labels"]),
+            maximum_length=description["maximum_length"],
+            inputs=(description["inputs"][0], description["inputs"][1]),
+            quantized=description["quantized"],
+            parameters=description["parameters"],
+            tokenizer=_load_tokenizer(folder, description["maximum_length"]),
+            pad_id=description["pad_id"],
+        )
+
+    @property
+    def onnx_path(self) -> Path:
+        """The ONNX file."""
+        return self.folder / ONNX_FILE
+
+    @property
+    def model_bytes(self) -> int:
+        """Size on disk of the ONNX file, weights kept beside it included."""
+        return sum(path.stat().st_size for path in self.folder.glob(f"{ONNX_FILE}*"))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Turn texts into token ids, special tokens included, cut at the maximum length. An empty text is a text."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast([_encodable(text) for text in texts])]
+
+
+class Runtime(Protocol):
+    """What executes an exported model."""
+
+    name: str
+    precision: str
+    """Of the arithmetic where the model is float: f32, bf16, f16."""
+
+    def logits(self, input_ids: Array, attention_mask: Array) -> Array:
+        """Compute logits, float32 [batch, labels], of int64 [batch, length] inputs."""
+
+    def logits_many(self, batches: Sequence[Batch]) -> list[Array]:
+        """Compute the logits of several batches, side by side where the runtime can."""
+
+
+class OnnxRuntime:
+    """ONNX Runtime on a CPU or, with onnxruntime-gpu, on CUDA or TensorRT."""
+
+    def __init__(self, name: str, model: ExportedModel, threads: int | None):
+        import onnxruntime
+
+        onnxruntime.disable_telemetry_events()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        self.name = name
+        self.precision = "f16" if name == "onnxruntime-tensorrt" else "f32"
+        self._inputs = model.inputs
+        self._session = onnxruntime.InferenceSession(str(model.onnx_path), options, providers=_providers(name, model))
+        wanted, got = _PROVIDERS.get(name, "CPUExecutionProvider"), self._session.get_providers()[0]
+        if got != wanted:
+            # ONNX Runtime goes on with the next provider when CUDA or TensorRT cannot start, and only logs it.
+            raise UserError(f"{name}: {wanted} could not start, ONNX Runtime chose {got}; check the driver and CUDA")
+
+    def logits(self, input_ids: Array, attention_mask: Array) -> Array:
+        """Compute logits, float32 [batch, labels], of int64 [batch, length] inputs."""
+        feed = dict(zip(self._inputs, (input_ids, attention_mask), strict=True))
+        result: Array = self._session.run(None, feed)[0]
+        return result
+
+    def logits_many(self, batches: Sequence[Batch]) -> list[Array]:
+        """Compute the logits of several batches, one after the other: each already uses all threads."""
+        return [self.logits(*batch) for batch in batches]
+
+
+class OpenVino:
+    """OpenVINO on a CPU, in the arithmetic it thinks best for float models (bfloat16 where the CPU multiplies it)."""
+
+    name = "openvino-cpu"
+
+    def __init__(self, model: ExportedModel, threads: int | None, goal: Goal):
+        import openvino
+
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": goal.upper()}
+        if threads:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        core = openvino.Core()
+        self._compiled = core.compile_model(core.read_model(model.onnx_path), "CPU", settings)
+        self._request = self._compiled.create_infer_request()
+        self._queue = openvino.AsyncInferQueue(self._compiled) if goal == "throughput" else None
+        self._inputs = model.inputs
+        self.precision = _type_name(self._compiled.get_property("INFERENCE_PRECISION_HINT"))
+
+    def logits(self, input_ids: Array, attention_mask: Array) -> Array:
+        """Compute logits, float32 [batch, labels], of int64 [batch, length] inputs."""
+        outputs = self._request.infer(self._feed(input_ids, attention_mask), share_inputs=True)
+        return numpy.array(outputs[0])
+
+    def logits_many(self, batches: Sequence[Batch]) -> list[Array]:
+        """Compute the logits of several batches, as many side by side as OpenVINO keeps streams."""
+        if self._queue is None:
+            return [self.logits(*batch) for batch in batches]
+        results: list[Array] = [numpy.empty(0)] * len(batches)
+
+        def keep(request: Any, index: int) -> None:
+            results[index] = request.get_output_tensor(0).data.copy()
+
+        self._queue.set_callback(keep)
+        for index, batch in enumerate(batches):
+            self._queue.start_async(self._feed(*batch), index, share_inputs=True)
+        self._queue.wait_all()
+        return results
+
+    def _feed(self, input_ids: Array, attention_mask: Array) -> dict[str, Array]:
+        return dict(zip(self._inputs, (input_ids, attention_mask), strict=True))
+
+
+def available_runtimes() -> list[str]:
+    """Names of the runtimes that the installed packages offer."""
+    import onnxruntime
+
+    providers = onnxruntime.get_available_providers()
+    gpu = [name for name, provider in _PROVIDERS.items() if provider in providers]
+    return [REFERENCE_RUNTIME, OpenVino.name, *gpu]
+
+
+def open_runtime(name: str, model: ExportedModel, threads: int | None = None, goal: Goal = "latency") -> Runtime:
+    """Load a model into a runtime.
+
+    Args:
+        name: one of `available_runtimes`.
+        model: to load.
+        threads: to compute with; None leaves it to the runtime, unless a CPU quota sets a limit.
+        goal: what to tune for, where the runtime can: one text soon, or many.
+
+    Raises:
+        UserError: if there is no such runtime here, or it cannot start or read the model.
+    """
+    available = available_runtimes()
+    if name not in available:
+        hint = "; `make gpu` installs the CUDA and TensorRT providers" if name in _PROVIDERS else ""
+        raise UserError(f"{name}: no such runtime here; one of {', '.join(available)}{hint}")
+    threads = threads or thread_limit()
+    open_it: Callable[[], Runtime] = (
+        (lambda: OpenVino(model, threads, goal))
+        if name == OpenVino.name
+        else (lambda: OnnxRuntime(name, model, threads))
+    )
+    try:
+        return open_it()
+    except _load_errors() as error:
+        raise UserError(f"{model.onnx_path}: {name} cannot load it: {' '.join(str(error).split())[:300]}") from None
+
+
+def predict(model: ExportedModel, runtime: Runtime, texts: Sequence[str], batch_size: int) -> tuple[Array, Array]:
+    """Classify texts, in batches of similar length.
+
+    Returns:
+        label indices, int64 [texts], and probabilities, float32 [texts, labels], in the order of the texts.
+    """
+    rows = model.encode(texts)
+    order = length_batches([len(row) for row in rows], batch_size)
+    batches = [pad([rows[index] for index in batch], model.pad_id) for batch in order]
+    logits = numpy.empty((len(texts), len(model.labels)), dtype=numpy.float32)
+    for batch, result in zip(order, runtime.logits_many(batches), strict=True):
+        logits[batch] = result
+    if not len(texts):
+        return numpy.empty(0, dtype=numpy.int64), logits
+    return logits.argmax(axis=1), softmax(logits)
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What the libraries raise for a model or device they cannot use; ONNX Runtime's share no base class."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented")
+    return (RuntimeError, *(getattr(state, name) for name in (*names, "NoSuchFile", "RuntimeException")))
+
+
+def _model_folder(folder: Path) -> Path:
+    for candidate in (folder, folder / "model"):
+        if (candidate / HEADROOM_FILE).exists() and _mentions_onnx(candidate):
+            return candidate
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; point at an exported model such as artifacts/export/quantize")
+    raise UserError(
+        f"{folder}: holds no exported model ({ONNX_FILE} and {HEADROOM_FILE}); "
+        "point at a folder of the export stage such as artifacts/export/quantize"
+    )
+
+
+def _mentions_onnx(folder: Path) -> bool:
+    """A folder whose ONNX file was lost is still an exported model, and its manifest then says what is missing."""
+    if (folder / ONNX_FILE).exists():
+        return True
+    return (folder / MANIFEST).exists() and ONNX_FILE in read_json(folder / MANIFEST)["files"]
+
+
+def _load_tokenizer(folder: Path, maximum_length: int) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; export the model again, or `dvc checkout` to restore it")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(maximum_length)
+    return tokenizer
+
+
+def _encodable(text: str) -> str:
+    """JSON can carry half a surrogate pair, which no UTF-8 text can; it becomes a question mark."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _providers(name: str, model: ExportedModel) -> list[Any]:
+    if name not in _PROVIDERS:
+        return ["CPUExecutionProvider"]
+    import onnxruntime
+
+    onnxruntime.preload_dlls()  # finds CUDA and cuDNN where pip put them
+    providers: list[Any] = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    if name == "onnxruntime-tensorrt":
+        providers.insert(0, ("TensorrtExecutionProvider", _tensorrt_options(model)))
+    return providers
+
+
+def _tensorrt_options(model: ExportedModel) -> dict[str, Any]:
+    """Build one engine for every batch and length that may come, in half precision, and keep it on disk."""
+
+    def shapes(batch: int, length: int) -> str:
+        return ",".join(f"{name}:{batch}x{length}" for name in model.inputs)
+
+    cache = STATE / "tensorrt"
+    cache.mkdir(parents=True, exist_ok=True)
+    return {
+        "trt_fp16_enable": True,
+        "trt_int8_enable": model.quantized,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(cache),
+        "trt_profile_min_shapes": shapes(1, 1),
+        "trt_profile_opt_shapes": shapes(32, min(32, model.maximum_length)),
+        "trt_profile_max_shapes": shapes(_TENSORRT_LARGEST_BATCH, model.maximum_length),
+    }
+
+
+def _type_name(value: Any) -> str:
+    """OpenVINO's element type, such as <Type: 'bfloat16'>, in short."""
+    name = value.get_type_name() if hasattr(value, "get_type_name") else str(value)
+    return {"dynamic": "f32", "undefined": "f32"}.get(name, name)

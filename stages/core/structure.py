@@ -1,0 +1,158 @@
+"""The parts of an encoder that compression moves, found by name.
+
+BERT, RoBERTa, ELECTRA and their kin name their parts alike; layers may have different widths after pruning, which
+the Hugging Face configuration cannot say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.core.errors import UserError
+
+_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+
+
+@dataclass(frozen=True)
+class LayerWidth:
+    """Width of one encoder layer."""
+
+    heads: int
+    neurons: int
+
+
+def is_compressible(model: nn.Module) -> bool:
+    """Tell whether the model's family is one whose parts are known here."""
+    config: Any = model.config
+    return config.model_type in _FAMILIES
+
+
+def encoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the model's encoder layers.
+
+    Raises:
+        UserError: if the family names its parts differently.
+    """
+    config: Any = model.config
+    if not is_compressible(model):
+        raise UserError(
+            f"model_type {config.model_type}: compression knows {', '.join(_FAMILIES)}; take a checkpoint of these"
+        )
+    layers: Any = _body(model).encoder.layer
+    return layers  # type: ignore[no-any-return]
+
+
+def attention_linears(layer: nn.Module) -> list[nn.Linear]:
+    """Query, key and value of a layer, each [heads x head size, hidden]."""
+    return [_linear(layer, f"attention.self.{name}") for name in ("query", "key", "value")]
+
+
+def attention_output(layer: nn.Module) -> nn.Linear:
+    """Projection after attention, [hidden, heads x head size]."""
+    return _linear(layer, "attention.output.dense")
+
+
+def neuron_input(layer: nn.Module) -> nn.Linear:
+    """First feed-forward projection, [neurons, hidden]."""
+    return _linear(layer, "intermediate.dense")
+
+
+def neuron_output(layer: nn.Module) -> nn.Linear:
+    """Second feed-forward projection, [hidden, neurons]."""
+    return _linear(layer, "output.dense")
+
+
+def head_size(layer: nn.Module) -> int:
+    """Features per attention head."""
+    attention: Any = layer.get_submodule("attention.self")
+    return int(attention.attention_head_size)
+
+
+def layer_widths(model: nn.Module) -> list[LayerWidth]:
+    """Read the widths of every encoder layer."""
+    return [
+        LayerWidth(attention_output(layer).in_features // head_size(layer), neuron_output(layer).in_features)
+        for layer in encoder_layers(model)
+    ]
+
+
+def keep_parts(layer: nn.Module, heads: Tensor, neurons: Tensor) -> None:
+    """Remove all but the given attention heads and feed-forward neurons from a layer, in place.
+
+    Args:
+        layer: an encoder layer.
+        heads: indices to keep, ascending.
+        neurons: indices to keep, ascending.
+    """
+    size = head_size(layer)
+    features = (heads[:, None] * size + torch.arange(size)).flatten()
+    for name in ("query", "key", "value"):
+        _replace(layer, f"attention.self.{name}", features, dimension=0)
+    _replace(layer, "attention.output.dense", features, dimension=1)
+    _replace(layer, "intermediate.dense", neurons, dimension=0)
+    _replace(layer, "output.dense", neurons, dimension=1)
+    _tell_attention(layer, len(heads))
+
+
+def set_widths(model: nn.Module, widths: Sequence[LayerWidth]) -> None:
+    """Give every layer the shape of `widths`, in place; the weights kept are arbitrary, to be loaded over."""
+    layers = encoder_layers(model)
+    if len(layers) != len(widths):
+        raise UserError(f"headroom.json: has widths for {len(widths)} layers where config.json says {len(layers)}")
+    for layer, width in zip(layers, widths, strict=True):
+        keep_parts(layer, torch.arange(width.heads), torch.arange(width.neurons))
+
+
+def keep_layers(model: nn.Module, kept: Sequence[int]) -> None:
+    """Remove all but the given encoder layers, in place."""
+    layers = encoder_layers(model)
+    if max(kept) >= len(layers):
+        raise UserError(f"distill.layers: the teacher has layers 0 to {len(layers) - 1}, got {list(kept)}")
+    _body(model).encoder.layer = nn.ModuleList([layers[index] for index in kept])
+    config: Any = model.config
+    config.num_hidden_layers = len(kept)
+
+
+def widths_to_json(widths: Sequence[LayerWidth]) -> list[dict[str, int]]:
+    """Describe widths in JSON."""
+    return [asdict(width) for width in widths]
+
+
+def widths_from_json(entries: Sequence[dict[str, int]]) -> list[LayerWidth]:
+    """Read what `widths_to_json` wrote."""
+    return [LayerWidth(**entry) for entry in entries]
+
+
+def _body(model: nn.Module) -> Any:
+    """Return the encoder under a head, or the model itself where there is no head."""
+    return getattr(model, str(model.base_model_prefix), model)
+
+
+def _linear(layer: nn.Module, name: str) -> nn.Linear:
+    part = layer.get_submodule(name)
+    if not hasattr(part, "in_features"):
+        raise TypeError(f"{name} is not a linear layer")
+    return part  # type: ignore[return-value]
+
+
+def _replace(layer: nn.Module, name: str, kept: Tensor, dimension: int) -> None:
+    old = _linear(layer, name)
+    weight = old.weight.detach().index_select(dimension, kept).clone()
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=old.bias is not None)
+    new.weight = nn.Parameter(weight)
+    if old.bias is not None:
+        bias = old.bias.detach()
+        new.bias = nn.Parameter((bias.index_select(0, kept) if dimension == 0 else bias).clone())
+    parent, _, child = name.rpartition(".")
+    setattr(layer.get_submodule(parent), child, new)
+
+
+def _tell_attention(layer: nn.Module, heads: int) -> None:
+    attention: Any = layer.get_submodule("attention.self")
+    attention.num_attention_heads = heads
+    attention.all_head_size = heads * attention.attention_head_size

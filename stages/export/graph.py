@@ -1,0 +1,89 @@
+"""PyTorch to an ONNX graph."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import opset20 as operators
+from torch import Tensor, nn
+
+_SAMPLE_TEXTS, _SAMPLE_LENGTH = 2, 7
+_LARGEST_INLINE_BYTES = 2**31 - 2**20  # protobuf's limit
+
+
+class LogitsOnly(nn.Module):
+    """A model as a function of its ONNX inputs."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits [batch, classes] of int64 ids and mask [batch, length]."""
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str, opset: int) -> onnx.ModelProto:
+    """Write a model as ONNX with dynamic batch and length, and check it.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        path: of the file.
+        inputs: names of the inputs, in the order of `LogitsOnly.forward`.
+        output: name of the output.
+        opset: ONNX operator set.
+
+    Returns:
+        the model written.
+    """
+    ids = torch.ones(_SAMPLE_TEXTS, _SAMPLE_LENGTH, dtype=torch.int64)
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    with _quietly():
+        program: Any = torch.onnx.export(
+            LogitsOnly(model).eval(),
+            (ids, torch.ones_like(ids)),
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=(axes, axes),
+            opset_version=opset,
+            custom_translation_table={torch.ops.headroom.quantize_by_own_range.default: _dynamic_quantize},
+            verbose=False,
+        )
+    proto: onnx.ModelProto = program.model_proto
+    if proto.ByteSize() > _LARGEST_INLINE_BYTES:
+        program.save(path, external_data=True)
+    else:
+        onnx.save(proto, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    return proto
+
+
+def _dynamic_quantize(inputs: Any) -> Any:
+    levels, scale, zero_point = operators.DynamicQuantizeLinear(inputs)
+    return operators.DequantizeLinear(levels, scale, zero_point)
+
+
+@contextlib.contextmanager
+def _quietly() -> Any:
+    """Exporting prints much that tells a user nothing."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,10 @@
+"""The student gets narrower.
+
+In: the student, the teacher, the tokenized splits, the corpus. Out: a checkpoint whose layers have fewer attention
+heads and feed-forward neurons, removed for good: every matrix product gets smaller, on any hardware.
+
+What matters least goes first. The saliency of a head or neuron is what its gate tells about the loss on the user's
+data: to first order |gate x gradient| (Michel et al., 1905.10650), to second order the diagonal of the empirical
+Fisher information (Kwon et al., 2204.09656). All layers compete, so each ends with a width of its own. Then a short
+distillation from the teacher brings back most of what the cut cost. A sparsity of zero hands the student through.
+"""

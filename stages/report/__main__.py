@@ -1,0 +1,61 @@
+"""Command line of the report stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas
+
+from stages.core.artifacts import write_json
+from stages.core.hardware import describe_hardware
+from stages.core.ladder import CHAIN, LadderRow, fastest_within_floor, headline, times_smaller
+from stages.core.stage import StageRun, command
+from stages.report.drawing import save
+from stages.report.page import draw, render
+from stages.report.sources import TRAINED, read_findings
+
+_INPUTS = (
+    *("acquire", "clean", "tokenize", *TRAINED, "quantize"),
+    *(f"evaluate@{variant}" for variant in CHAIN),
+    "deploy_check",
+)
+
+
+def run_report(run: StageRun) -> dict[str, Any]:
+    """Write the page, its pictures and the ladder; return the headline numbers."""
+    findings = read_findings(run.inputs)
+    figures = draw(findings, run.params)
+    plots = run.staging / "plots"
+    plots.mkdir()
+    for name, figure in figures.items():
+        save(figure, plots, name)
+    page = render(findings, run.params, describe_hardware(), figures)
+    (run.staging / "report.html").write_text(page, encoding="utf-8")
+    pandas.DataFrame([row.to_flat() for row in findings.rows]).to_csv(
+        run.staging / "ladder.csv", index=False, lineterminator="\n"
+    )
+    write_json(run.staging / "ladder.json", [row.to_dict() for row in findings.rows])
+    run.say(headline(findings.rows))
+    return summarize(findings.rows)
+
+
+def summarize(rows: list[LadderRow]) -> dict[str, Any]:
+    """The headline numbers: those of the fastest model that meets the floor, null where there is none."""
+    best = fastest_within_floor(rows)
+    if best is None:
+        return {"best": None, "headline": headline(rows)}
+    return {
+        "best": best.name,
+        "headline": headline(rows),
+        best.metric: best.quality,
+        "difference": best.difference,
+        "texts_per_second": best.texts_per_second,
+        "latency_p50_ms": best.latency_p50_ms,
+        "throughput_over_fair": best.over_fair.median,
+        "throughput_over_naive": best.over_naive.median,
+        "times_smaller": times_smaller(best, rows),
+    }
+
+
+if __name__ == "__main__":
+    command("report", run_report, inputs=_INPUTS)

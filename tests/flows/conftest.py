@@ -1,0 +1,140 @@
+"""A small project of stub stages in a temporary git and DVC repository."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STUB = Path(__file__).with_name("stub_stage.py")
+
+# The names are those of real stages where the flow looks for them: report, register, variants.
+GRAPH = """
+vars:
+  - variants: [small, large]
+stages:
+  fingerprint:
+    cmd: python stub_stage.py fingerprint --out artifacts/fingerprint outside.txt
+    always_changed: true
+    outs: [artifacts/fingerprint/made.txt]
+  acquire:
+    desc: collect
+    cmd: python stub_stage.py acquire --out artifacts/acquire input.txt
+    deps: [input.txt, artifacts/fingerprint/made.txt]
+    params: [seed]
+    outs:
+      - artifacts/acquire: {persist: true}
+  export:
+    foreach: ${variants}
+    do:
+      desc: the ${item} model
+      cmd: python stub_stage.py export@${item} --out artifacts/export/${item} artifacts/acquire
+      deps: [artifacts/acquire]
+      params: [export]
+      outs:
+        - artifacts/export/${item}: {persist: true}
+  evaluate:
+    foreach: ${variants}
+    do:
+      cmd: python stub_stage.py evaluate@${item} --out artifacts/evaluate/${item} artifacts/export/${item}
+      deps: ["artifacts/export/${item}"]
+      outs:
+        - artifacts/evaluate/${item}: {persist: true}
+      meta: {measures: true}
+  report:
+    desc: one page
+    cmd: python stub_stage.py report --out artifacts/report artifacts/evaluate/small artifacts/evaluate/large
+    deps: [artifacts/evaluate/small, artifacts/evaluate/large]
+    outs:
+      - artifacts/report: {persist: true}
+"""
+
+
+class Project:
+    """A temporary project; commands run in it as a user would type them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def headroom(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            env=environment(**settings),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            env=environment(),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def dvc(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "dvc", *arguments],
+            env=environment(),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+
+    def trace(self) -> list[tuple[str, str]]:
+        path = self.folder / "trace.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [(line["stage"], line["event"]) for line in map(json.loads, lines)]
+
+    def started(self) -> list[str]:
+        """Stages that started, in order, but for the one that always does."""
+        return [stage for stage, event in self.trace() if event == "start" and stage != "fingerprint"]
+
+    def forget_trace(self) -> None:
+        (self.folder / "trace.jsonl").unlink()
+
+    def behave(self, stage: str, how: str) -> None:
+        (self.folder / f"behave-{stage}").write_text(how)
+
+
+def environment(**settings: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "DVC_"))}
+    kept.pop("HEADROOM_EXECUTION", None)
+    folder = str(Path(sys.executable).parent)
+    path = os.pathsep.join([folder, kept.get("PATH", os.defpath)])
+    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), **settings}
+
+
+def make_project(folder: Path) -> Project:
+    (folder / "dvc.yaml").write_text(GRAPH)
+    (folder / "input.txt").write_text("input")
+    (folder / "outside.txt").write_text("outside")
+    (folder / ".gitignore").write_text("/artifacts/\n")
+    shutil.copy(STUB, folder)
+    shutil.copy(ROOT / "params.yaml", folder)
+    (folder / "presets").mkdir()
+    shutil.copy(ROOT / "params.yaml", folder / "presets" / "questions.yaml")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    project = Project(folder)
+    project.dvc("init", "-q")
+    return project
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project in which nothing ran yet, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "HEADROOM_EXECUTION"):
+        monkeypatch.delenv(name, raising=False)
+    return make_project(tmp_path)

@@ -1,0 +1,172 @@
+"""The training loop on a tiny problem; above all, that an interrupted run ends where an unbroken one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stages.core.params import OptimizerParams
+from stages.core.training import Batch, Position, Recipe, train
+
+OPTIMIZER = OptimizerParams(
+    batch_size=4,
+    learning_rate=0.05,
+    weight_decay=0.01,
+    warmup_fraction=0.1,
+    maximum_gradient_norm=1.0,
+    precision="fp32",
+)
+
+
+class FakeRun:
+    """A stage's run without a stage."""
+
+    def __init__(self, state: Path):
+        self.name, self.state = "test", state
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.record = SimpleNamespace(log=lambda step, values: None)
+
+    def log(self, step: int, **values: float) -> None:
+        self.points.append((step, values))
+
+    def say(self, message: str) -> None:
+        """Say nothing."""
+
+
+class Problem:
+    """A noisy line to fit, with dropout, so that the generator's state matters."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        self.inputs = torch.randn(40, 3)
+        self.targets = self.inputs @ torch.tensor([1.0, -2.0, 0.5]) + 0.1 * torch.randn(40)
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 1))
+        self.steps = 0
+        self.interrupt_at: int | None = None
+
+    def batches(self, index: int) -> list[list[int]]:
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(index)).tolist()
+        return [order[start : start + 4] for start in range(0, 40, 4)]
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        self.steps += 1
+        if self.steps == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        rows = torch.tensor(list(batch))
+        return (self.model(self.inputs[rows]).squeeze(-1) - self.targets[rows]).square().mean()
+
+    def evaluate(self) -> tuple[float, dict[str, float]]:
+        with torch.no_grad():
+            loss = float((self.model(self.inputs).squeeze(-1) - self.targets).square().mean())
+        return -loss, {"validation_loss": loss}
+
+    def fit(self, run: FakeRun, **changes: Any) -> Position:
+        settings: dict[str, Any] = {"optimizer": OPTIMIZER, "rounds": 4, **changes}
+        recipe = Recipe(batches=self.batches, loss=self.loss, evaluate=self.evaluate, **settings)
+        return train(self.model, recipe, run, "fit")  # type: ignore[arg-type]
+
+
+def _weights(problem: Problem) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in problem.model.parameters()])
+
+
+def test_it_learns_and_reports(tmp_path: Path) -> None:
+    problem, run = Problem(), FakeRun(tmp_path)
+    before = problem.evaluate()[1]["validation_loss"]
+    position = problem.fit(run)
+    assert problem.evaluate()[1]["validation_loss"] < 0.5 * before
+    assert [step for step, _ in run.points] == [10, 20, 30, 40]
+    assert set(run.points[0][1]) == {"epoch", "train_loss", "validation_loss", "learning_rate"}
+    assert position.round == 4
+    assert not problem.model.training
+
+
+@pytest.mark.parametrize("interrupt_at", [1, 7, 10, 11, 25, 40])
+def test_an_interrupted_run_ends_with_the_same_bits(interrupt_at: int, tmp_path: Path) -> None:
+    whole = Problem()
+    whole_run = FakeRun(tmp_path / "whole")
+    whole.fit(whole_run)
+    broken = Problem()
+    broken.interrupt_at = interrupt_at
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(FakeRun(tmp_path / "broken"))
+    resumed, resumed_run = Problem(), FakeRun(tmp_path / "broken")
+    resumed.fit(resumed_run)
+    assert resumed.steps == 40 - interrupt_at
+    assert torch.equal(_weights(resumed), _weights(whole))
+    assert resumed_run.points == whole_run.points
+
+
+def test_twice_the_same_bits(tmp_path: Path) -> None:
+    weights = []
+    for name in ("one", "other"):
+        problem = Problem()  # seeds the generator
+        problem.fit(FakeRun(tmp_path / name))
+        weights.append(_weights(problem))
+    assert torch.equal(*weights)
+
+
+def test_a_finished_phase_is_not_trained_again(tmp_path: Path) -> None:
+    first, second = Problem(), Problem()
+    first.fit(FakeRun(tmp_path))
+    second.fit(FakeRun(tmp_path))
+    assert second.steps == 0
+    assert torch.equal(_weights(first), _weights(second))
+
+
+def test_patience_stops_and_the_best_round_is_kept(tmp_path: Path) -> None:
+    problem = Problem()
+    scores = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    kept: list[torch.Tensor] = []
+
+    def evaluate() -> tuple[float, dict[str, float]]:
+        kept.append(_weights(problem))
+        return next(scores), {}
+
+    problem.evaluate = evaluate  # type: ignore[method-assign]
+    position = problem.fit(FakeRun(tmp_path), rounds=5, patience=2)
+    assert (position.round, position.best_round) == (4, 1)
+    assert torch.equal(_weights(problem), kept[1])
+
+
+def test_without_keep_best_the_last_weights_stay(tmp_path: Path) -> None:
+    problem, last = Problem(), []
+
+    def evaluate() -> tuple[float, dict[str, float]]:
+        last.append(_weights(problem))
+        return -float(len(last)), {}
+
+    problem.evaluate = evaluate  # type: ignore[method-assign]
+    problem.fit(FakeRun(tmp_path), keep_best=False)
+    assert torch.equal(_weights(problem), last[-1])
+
+
+def test_the_learning_rate_warms_up_and_falls(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path)
+    Problem().fit(run)
+    rates = [values["learning_rate"] for _, values in run.points]
+    # 40 steps, 4 of them warm-up: after step 10, 31 of 36 falling steps are left.
+    assert rates == pytest.approx([0.05 * 31 / 36, 0.05 * 21 / 36, 0.05 * 11 / 36, 0.05 * 1 / 36])
+
+
+def test_a_scale_of_zero_freezes_a_parameter(tmp_path: Path) -> None:
+    problem = Problem()
+    before = problem.model[0].weight.detach().clone()
+    optimizer = OPTIMIZER.model_copy(update={"weight_decay": 0.0})
+    problem.fit(FakeRun(tmp_path), optimizer=optimizer, learning_rate_scale=lambda name: float(name != "0.weight"))
+    assert torch.equal(problem.model[0].weight, before)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
+    problem = Problem()
+    problem.targets[:] = float("nan")
+    with pytest.raises(FloatingPointError, match="not a number at step 0"):
+        problem.fit(FakeRun(tmp_path))

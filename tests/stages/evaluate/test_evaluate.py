@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy
+import pandas
+import pytest
+import yaml
+
+from stages.core.artifacts import read_json, write_json
+from stages.core.checkpoints import load_model
+from stages.core.errors import UserError
+from stages.core.observe.tracking import RunRecord, flatten
+from stages.core.params import Params, QualityParams, parse_params
+from stages.core.runtimes import ExportedModel, open_runtime, predict
+from stages.core.stage import StageRun
+from stages.evaluate.__main__ import run_evaluate
+from stages.evaluate.baselines import PyTorchService, naive_length
+from stages.evaluate.memory import serving_memory_mb
+from stages.evaluate.quality import compare
+
+PROJECT = Path(__file__).parents[3]
+BATCH_SIZES = [4, 16]
+
+
+def small_params(**latency: Any) -> Params:
+    raw = yaml.safe_load((PROJECT / "params.yaml").read_text())
+    raw["evaluate"]["bootstrap_samples"] = 200
+    raw["evaluate"]["latency"] = {
+        "single_texts": 12,
+        "batch_sizes": BATCH_SIZES,
+        "throughput_texts": 40,
+        "rounds": 3,
+        "baseline_batch_size": 8,
+        "naive_length": 512,
+        "naive_texts": 8,
+        **latency,
+    }
+    return parse_params(raw, "params.yaml")
+
+
+MakeRun = Callable[..., StageRun]
+
+
+@pytest.fixture(scope="module")
+def make_run(
+    exported_unit: Path, tiny_checkpoint: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> MakeRun:
+    def make(params: Params, data: Path = tiny_data) -> StageRun:
+        staging = tmp_path_factory.mktemp("staging")
+        inputs = {"model": exported_unit, "reference": tiny_checkpoint, "data": data}
+        record = cast(RunRecord, SimpleNamespace(log=lambda *_: None))
+        return StageRun("evaluate@finetune", params, inputs, staging, staging / "state", record)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def evaluated(make_run: MakeRun) -> tuple[dict[str, Any], Path]:
+    """Metrics and output folder of one run."""
+    run = make_run(small_params())
+    return run_evaluate(run), run.staging
+
+
+@pytest.fixture(scope="module")
+def model(exported_unit: Path) -> ExportedModel:
+    return ExportedModel.load(exported_unit)
+
+
+Evaluated = tuple[dict[str, Any], Path]
+
+
+def test_metrics_tell_quality_speed_and_size(evaluated: Evaluated, exported_unit: Path) -> None:
+    metrics = evaluated[0]
+    assert metrics["variant"] == "finetune"
+    assert metrics["texts"] == 45
+    assert metrics["quality"]["accuracy"] > 0.9  # each text has a word that gives its label away
+    assert metrics["size"]["model_bytes"] == (exported_unit / "model.onnx").stat().st_size
+    numbers = [value for value in flatten(metrics).values() if isinstance(value, float)]
+    assert len(numbers) > 40
+    assert all(math.isfinite(value) for value in numbers)
+
+
+def test_the_export_of_the_reference_is_as_good_as_the_reference(evaluated: Evaluated) -> None:
+    against = evaluated[0]["against_reference"]
+    assert (against["difference"], against["low"], against["high"]) == (0.0, 0.0, 0.0)
+    assert against["within_floor"]
+    assert against["surely_within_floor"]
+    assert against["agreement"] == 1.0
+
+
+def test_speed_is_told_for_both_runtimes_and_both_baselines(evaluated: Evaluated) -> None:
+    metrics = evaluated[0]
+    assert set(metrics["runtimes"]) == {"onnxruntime-cpu", "openvino-cpu"}
+    for entry in metrics["runtimes"].values():
+        assert list(entry["texts_per_second"]) == [str(size) for size in BATCH_SIZES]
+        assert entry["best_batch_size"] in BATCH_SIZES
+        assert 0 < entry["latency_ms"]["p50"] <= entry["latency_ms"]["p95"] <= entry["latency_ms"]["p99"]
+        assert 20 < entry["peak_memory_mb"] < 2000
+    assert metrics["runtimes"]["openvino-cpu"]["agreement"] > 0.9
+    assert metrics["baselines"]["naive"]["padded_to"] == 64  # as many positions as the model has
+    assert metrics["baselines"]["fair"]["padded_to"] == "longest in the batch"
+    best = metrics["best"]
+    assert best["texts_per_second"] == max(entry["best_texts_per_second"] for entry in metrics["runtimes"].values())
+    assert best["latency_ms"]["p50"] == min(entry["latency_ms"]["p50"] for entry in metrics["runtimes"].values())
+    for baseline in ("fair", "naive"):
+        for measure in ("throughput", "latency"):
+            ratio = metrics["speedup"][f"{measure}_over_{baseline}"]
+            assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert metrics["speedup"]["throughput_over_naive"]["median"] > 1.0
+
+
+def test_tables_hold_a_row_a_text(evaluated: Evaluated, tiny_data: Path) -> None:
+    metrics, folder = evaluated
+    test = pandas.read_parquet(tiny_data / "test.parquet")
+    names = read_json(tiny_data / "labels.json")
+    predictions = pandas.read_parquet(folder / "predictions.parquet")
+    confusion = pandas.read_csv(folder / "confusion.csv")
+    calibration = pandas.read_csv(folder / "calibration.csv")
+    assert predictions["text"].tolist() == test["text"].tolist()
+    assert predictions["label"].tolist() == [names[index] for index in test["label"]]
+    assert predictions["score"].between(1 / 3, 1).all()
+    assert confusion["actual"].tolist() == predictions["label"].tolist()
+    assert (confusion["actual"] == confusion["predicted"]).mean() == metrics["quality"]["accuracy"]
+    assert calibration["count"].sum() == len(test)
+
+
+def test_other_labels_than_the_models_are_refused(make_run: MakeRun, tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    write_json(data / "labels.json", ["animal", "number", "planet"])
+    with pytest.raises(UserError, match=r"labels\.json: the data has labels animal, number, planet, the model"):
+        run_evaluate(make_run(small_params(), data))
+
+
+def test_padding_shorter_than_the_texts_is_refused(make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match=r"naive_length: 16 is less than tokenize\.maximum_length 24"):
+        run_evaluate(make_run(small_params(naive_length=16)))
+
+
+def test_fewer_texts_than_rounds_are_enough(make_run: MakeRun) -> None:
+    metrics = run_evaluate(make_run(small_params(single_texts=2, throughput_texts=1, naive_texts=1)))
+    assert metrics["speedup"]["latency_over_fair"]["median"] > 0
+
+
+def test_padding_changes_the_speed_of_a_baseline_not_its_answers(
+    model: ExportedModel, tiny_checkpoint: Path, tiny_data: Path
+) -> None:
+    network = load_model(tiny_checkpoint)
+    test = pandas.read_parquet(tiny_data / "test.parquet")
+    texts = test["text"].tolist()
+    fair = PyTorchService(network, model, None).classify(texts, 8)
+    naive = PyTorchService(network, model, naive_length(512, network, model)).classify(texts, 8)
+    onnx = predict(model, open_runtime("onnxruntime-cpu", model), texts, 8)[0]
+    assert fair == naive == onnx.tolist()
+
+
+def test_a_worse_variant_falls_below_the_floor() -> None:
+    labels = numpy.arange(200) % 2
+    reference = labels.copy()
+    variant = labels.copy()
+    variant[:6] = 1 - variant[:6]
+    params = small_params().evaluate
+    known = compare(variant, reference, labels, QualityParams(metric="accuracy", floor=0.02), params, seed=1)
+    assert known["difference"] == pytest.approx(-0.03)
+    assert known["low"] < -0.03 < known["high"] < 0.0
+    assert not known["within_floor"]
+    generous = compare(variant, reference, labels, QualityParams(metric="accuracy", floor=0.04), params, seed=1)
+    assert generous["within_floor"]
+    assert not generous["surely_within_floor"]
+
+
+def test_memory_is_that_of_a_process_that_only_serves(exported_unit: Path) -> None:
+    # This process holds PyTorch and more; a serving one holds a runtime and a tokenizer.
+    assert 20 < serving_memory_mb(exported_unit, "onnxruntime-cpu", ["the cat", ""], 2) < 250

