@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy
 
 if TYPE_CHECKING:  # a serving process has no torch in it, which its measured memory must show
     import torch
+from torch import Tensor, nn
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -56,3 +57,9 @@ def pad_tensors(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.T
 
     input_ids, attention_mask = pad(rows, pad_id)
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
+
+
+def to_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Move a batch to where the model is."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -230,12 +230,6 @@ def train(model: nn.Module, recipe: Recipe, run: StageRun, phase: str) -> Positi
     return Trainer(model, recipe, run, phase).fit()
 
 
-def to_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Move a batch to where the model is."""
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def _build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """One group a parameter; biases and norms are not decayed, as in BERT's own optimizer."""
     groups: list[dict[str, Any]] = [

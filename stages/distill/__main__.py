@@ -6,7 +6,8 @@ from typing import Any
 
 from stages.core.checkpoints import count_parameters, extend_lineage, load_model, load_tokenizer, save_model
 from stages.core.distillation import Lesson, add_transfer_texts, distillation_recipe, teacher_outputs
-from stages.core.examples import load_examples, load_maximum_length, load_pad_id, validation_quality
+from stages.core.examples import load_examples, load_maximum_length, load_pad_id
+from stages.core.judging import validation_quality
 from stages.core.stage import StageRun, command
 from stages.core.structure import keep_layers
 from stages.core.tasks import get_task

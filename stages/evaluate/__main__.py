@@ -8,7 +8,8 @@ import numpy
 
 from stages.core.checkpoints import load_model
 from stages.core.errors import UserError
-from stages.core.examples import Examples, load_examples, load_labels, predict_logits
+from stages.core.examples import Examples, load_examples, load_labels
+from stages.core.judging import predict_logits
 from stages.core.runtimes import REFERENCE_RUNTIME, ExportedModel, OpenVino, open_runtime, predict
 from stages.core.stage import StageRun, command
 from stages.core.timing import watch_other_load
@@ -41,15 +42,7 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     run.say("speed beside both baselines")
     lengths = (None, naive)
     services = {name: PyTorchService(network, model, length) for name, length in zip(BASELINES, lengths, strict=True)}
-    contest = Contest(model, services, test.texts, params.latency, run.params.seed)
-    with watch_other_load() as other:
-        speed = measure_speed(contest)
-    if other.share > _NOTEWORTHY_LOAD:
-        run.say(
-            f"other work took {other.share:.0%} of the processors while timing, which slows PyTorch more than the others; "
-            "measure again on a quiet machine before you trust the ratios"
-        )
-    _add_memory(speed, contest)
+    speed = _measure_speed(run, Contest(model, services, test.texts, params.latency, run.params.seed))
     speed["runtimes"][OpenVino.name]["agreement"] = float(numpy.mean(openvino == predictions))
     return {
         "variant": run.name.partition("@")[2],
@@ -57,7 +50,6 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
         **score_quality(probabilities, test.labels, model.labels, params),
         "against_reference": against,
         "size": {"parameters": model.parameters, "model_bytes": model.model_bytes},
-        "other_load": other.share,
         **speed,
     }
 
@@ -73,13 +65,21 @@ def _read_test(run: StageRun, model: ExportedModel) -> Examples:
     return load_examples(folder, "test")
 
 
-def _add_memory(speed: dict[str, Any], contest: Contest) -> None:
-    """Ask a fresh process per runtime for its peak memory, at the batch size at which it is fastest."""
+def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:
+    """Measure speed, and how much memory a process that only serves takes at the batch size at which it is fastest."""
+    with watch_other_load() as other:
+        speed = measure_speed(contest)
+    if other.share > _NOTEWORTHY_LOAD:
+        run.say(
+            f"other work took {other.share:.0%} of the processors while timing, which slows PyTorch most; "
+            "measure again on a quiet machine before you trust the ratios"
+        )
     texts = contest.sample(contest.params.throughput_texts)
     for name in RUNTIMES:
         entry = speed["runtimes"][name]
         entry["peak_memory_mb"] = serving_memory_mb(contest.model.folder, name, texts, entry["best_batch_size"])
     speed["best"]["peak_memory_mb"] = speed["runtimes"][speed["best"]["throughput_runtime"]]["peak_memory_mb"]
+    return {**speed, "other_load": other.share}
 
 
 if __name__ == "__main__":

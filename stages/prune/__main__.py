@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from stages.core.batches import length_batches, pad_tensors
 from stages.core.checkpoints import count_parameters, extend_lineage, load_model, load_tokenizer, save_model
 from stages.core.distillation import Lesson, add_transfer_texts, distillation_recipe, teacher_outputs
-from stages.core.examples import (
-    Examples,
-    load_examples,
-    load_maximum_length,
-    load_pad_id,
-    sample,
-    validation_quality,
-)
+from stages.core.examples import Examples, load_examples, load_maximum_length, load_pad_id, sample
+from stages.core.judging import validation_quality
 from stages.core.observe.progress import track
 from stages.core.stage import StageRun, command
 from stages.core.structure import encoder_layers, keep_parts, layer_widths, widths_to_json

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from stages.core.checkpoints import count_parameters, extend_lineage, load_model, save_model
 from stages.core.errors import UserError
-from stages.core.examples import Examples, load_examples, load_pad_id, predict_logits, sample, validation_quality
+from stages.core.examples import Examples, load_examples, load_pad_id, sample
+from stages.core.judging import predict_logits, validation_quality
 from stages.core.observe.progress import track
 from stages.core.quantized import ActivationRange, QuantizedLinear, replace_module
 from stages.core.stage import StageRun, command

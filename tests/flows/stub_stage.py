@@ -1,6 +1,6 @@
 """A stand-in for a stage: reads its inputs, writes one folder. Behaves badly when a file called `behave-NAME` says so.
 
-    python stub_stage.py NAME --out FOLDER [INPUT ...]
+python stub_stage.py NAME --out FOLDER [INPUT ...]
 """
 
 import json

@@ -243,8 +243,12 @@ def test_a_second_run_over_the_same_output_is_refused(capsys: pytest.CaptureFixt
 
 
 def test_stages_with_other_outputs_run_side_by_side(params: Params) -> None:
-    with open_stage("clean", params, {}, Path("artifacts/a")), open_stage("clean", params, {}, Path("artifacts/a-b")):
-        pass
+    first, second = Path("artifacts/a"), Path("artifacts/a-b")
+    with open_stage("clean", params, {}, first) as one, open_stage("tokenize", params, {}, second) as other:
+        write_manifest(one.staging)
+        write_manifest(other.staging)
+    verify(first)
+    verify(second)
 
 
 def test_an_absolute_output_is_locked_within_the_project(project: Path, params: Params) -> None:

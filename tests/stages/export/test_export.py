@@ -37,7 +37,9 @@ def pruned(tiny_checkpoint: Path) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def exported(pruned: nn.Module, rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Path]]:
+def exported(
+    pruned: nn.Module, rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[nn.Module, Path]]:
     """A float model of irregular widths, and its static and dynamic int8 versions, as ONNX."""
     names = quantizable_layers(pruned)
     inputs = collect_inputs(pruned, names, rows, 0)
@@ -84,9 +86,7 @@ def test_quantized_layers_carry_int8_weights(
     assert sum(len(tensor.dims) == 2 for tensor in int8) == layers
 
 
-def test_onnx_runtime_fuses_integer_products(
-    exported: dict[str, tuple[nn.Module, Path]], tmp_path: Path
-) -> None:
+def test_onnx_runtime_fuses_integer_products(exported: dict[str, tuple[nn.Module, Path]], tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED

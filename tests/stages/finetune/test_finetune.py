@@ -31,9 +31,7 @@ def test_it_raises_the_loss_and_adds_gradients(tiny_checkpoint: Path) -> None:
     losses: list[float] = []
 
     def backward() -> None:
-        loss = torch.nn.functional.cross_entropy(
-            model(input_ids=torch.tensor([[5, 6, 7]])).logits, torch.tensor([0])
-        )
+        loss = torch.nn.functional.cross_entropy(model(input_ids=torch.tensor([[5, 6, 7]])).logits, torch.tensor([0]))
         losses.append(loss.item())
         loss.backward()
 

@@ -42,9 +42,10 @@ def test_padding_is_not_observed(tiny_checkpoint: Path) -> None:
     together = collect_inputs(model, [name], [[5, 6, 7, 8, 9], [10, 11]], pad_id=0)[name]
     assert len(together) == 7 * 32
     alone = collect_inputs(model, [name], [[10, 11]], pad_id=0)[name]
-    assert torch.isclose(together[:64].sort().values, alone.sort().values, atol=1e-5).all() or torch.isclose(
-        together[-64:].sort().values, alone.sort().values, atol=1e-5
-    ).all()
+    assert (
+        torch.isclose(together[:64].sort().values, alone.sort().values, atol=1e-5).all()
+        or torch.isclose(together[-64:].sort().values, alone.sort().values, atol=1e-5).all()
+    )
 
 
 def test_only_the_named_layers_change_and_the_original_stays(tiny_checkpoint: Path) -> None:
@@ -66,7 +67,8 @@ def test_a_quantized_checkpoint_is_not_quantized_again(tiny_checkpoint: Path) ->
 
 
 def test_quantized_answers_stay_close(tiny_checkpoint: Path, tiny_data: Path) -> None:
-    from stages.core.examples import load_examples, predict_logits
+    from stages.core.examples import load_examples
+    from stages.core.judging import predict_logits
 
     model, rows = load_model(tiny_checkpoint), load_examples(tiny_data, "train").input_ids
     inputs = collect_inputs(model, quantizable_layers(model), rows, 0)
