@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.artifacts import ARTIFACTS, digest, publish, text_sha256, verify, write_manifest
-from stages.core.batches import length_batches, pad_tensors, shuffled_batches, to_device
+from stages.core.batches import length_batches
 from stages.core.checkpoints import load_model
 from stages.core.examples import Examples, load_dataset
 from stages.core.judging import judge
@@ -27,6 +27,7 @@ from stages.core.observe.progress import track
 from stages.core.params import DistillWeights, OptimizerParams, TransferParams
 from stages.core.stage import StageRun
 from stages.core.tasks import Task
+from stages.core.tensors import pad_tensors, shuffled_batches, to_device
 from stages.core.training import Batch, Recipe
 
 _CACHE = ARTIFACTS / ".cache" / "teacher"

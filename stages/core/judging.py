@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.core.batches import length_batches, pad_tensors, to_device
+from stages.core.batches import length_batches
 from stages.core.checkpoints import logits_of
 from stages.core.examples import Examples
 from stages.core.tasks import Task
+from stages.core.tensors import pad_tensors, to_device
 
 _BATCH_SIZE = 64
 

@@ -9,8 +9,9 @@ import numpy
 import onnxruntime
 from torch import nn
 
-from stages.core.batches import length_batches, pad, pad_tensors
+from stages.core.batches import length_batches, pad
 from stages.core.checkpoints import logits_of
+from stages.core.tensors import pad_tensors
 
 _BATCH_SIZES = (1, 5, 16)
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.core.batches import pad_tensors, shuffled_batches, to_device
 from stages.core.checkpoints import count_parameters, extend_lineage, save_model
 from stages.core.examples import load_examples, load_labels, load_pad_id
 from stages.core.judging import judge, validation_quality
 from stages.core.stage import StageRun, command
 from stages.core.tasks import get_task
+from stages.core.tensors import pad_tensors, shuffled_batches, to_device
 from stages.core.training import Batch, Recipe, train
 from stages.finetune.adversarial import add_adversarial_gradients
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.core.batches import to_device
 from stages.core.checkpoints import count_parameters, extend_lineage, load_tokenizer, save_model
 from stages.core.errors import UserError
 from stages.core.examples import load_dataset
 from stages.core.stage import StageRun, command
+from stages.core.tensors import to_device
 from stages.core.training import Batch, Recipe, train
 from stages.pretrain.masking import mask_tokens
 from stages.pretrain.model import build_model, chosen_logits, leftover_tensors

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.core.batches import length_batches, pad_tensors
+from stages.core.batches import length_batches
 from stages.core.checkpoints import count_parameters, extend_lineage, load_model, load_tokenizer, save_model
 from stages.core.distillation import Lesson, add_transfer_texts, distillation_recipe, teacher_outputs
 from stages.core.examples import Examples, load_examples, load_maximum_length, load_pad_id, sample
@@ -17,6 +17,7 @@ from stages.core.observe.progress import track
 from stages.core.stage import StageRun, command
 from stages.core.structure import encoder_layers, keep_parts, layer_widths, widths_to_json
 from stages.core.tasks import Task, get_task
+from stages.core.tensors import pad_tensors
 from stages.core.training import train
 from stages.prune.saliency import measure_saliency
 from stages.prune.select import parts_to_keep

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.core.batches import length_batches, pad_tensors
+from stages.core.batches import length_batches
 from stages.core.checkpoints import logits_of
 from stages.core.params import ActivationParams
 from stages.core.quantized import ActivationRange, quantize
+from stages.core.tensors import pad_tensors
 
 _BATCH_SIZE = 32
 _VALUES_PER_LAYER = 1_000_000

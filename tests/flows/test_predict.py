@@ -73,7 +73,7 @@ def test_every_row_keeps_its_place_and_its_cells(exported_unit: Path, folder: Pa
 
 
 def test_lines_of_a_file_blank_ones_too(exported_unit: Path, folder: Path) -> None:
-    (folder / "in.txt").write_bytes("the cat\n\n  \r\nhow many\n".encode())
+    (folder / "in.txt").write_bytes(b"the cat\n\n  \r\nhow many\n")
     go(exported_unit, "in.txt")
     out = read_table(folder / "out.csv", None, "utf-8")
     assert out["text"].tolist() == ["the cat", "", "  ", "how many"]

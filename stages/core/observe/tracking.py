@@ -195,7 +195,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def mlflow_name(name: str) -> str:
     """Replace what MLflow refuses in names, such as the @ of `evaluate@prune` or a label's punctuation."""
-    return re.sub(r"[^\w.\- ]", "_", name)[:_LONGEST_NAME]
+    return re.sub(r"^\.|[^\w.\- ]", "_", name)[:_LONGEST_NAME]
 
 
 def milliseconds() -> int:
@@ -319,7 +319,9 @@ def _send_end(client: Any, run_id: str, run: Mapping[str, Any]) -> None:
 
     metrics = [Metric(mlflow_name(name), value, run["ended"], 0) for name, value in run["metrics"].items()]
     tags = [RunTag(mlflow_name(name), value) for name, value in run["tags"].items()]
-    client.log_batch(run_id, metrics=metrics[:_POINTS_PER_BATCH], tags=tags)
+    client.log_batch(run_id, tags=tags)
+    for start in range(0, len(metrics), _POINTS_PER_BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + _POINTS_PER_BATCH])
     for path in _shown_files(run["output"]):
         client.log_artifact(run_id, str(path))
     client.set_terminated(run_id, run["status"], run["ended"])

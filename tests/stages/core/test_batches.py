@@ -2,7 +2,8 @@ import numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.batches import length_batches, pad, shuffled_batches
+from stages.core.batches import length_batches, pad
+from stages.core.tensors import shuffled_batches
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=80)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mlflow.tracking import MlflowClient
 from mlflow.utils.validation import _validate_metric_name
@@ -380,15 +380,7 @@ def test_long_curves_and_many_metrics_go_in_batches(client: MlflowClient, params
     record.add_metrics({f"class {number}": float(number) for number in range(1100)})
     record.finish(output)
     run = runs_of(client, params)["clean"]
-    assert (
-        len(
-            client.get_metric_history(
-                run.info.run_id,
-                "loss",
-            )
-        )
-        == 1201
-    )
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 1201
     assert sum(name.startswith("class") for name in run.data.metrics) == 1100
 
 
@@ -398,5 +390,9 @@ def test_flatten_gives_dotted_names() -> None:
 
 
 @given(st.text(min_size=1, max_size=300))
+@example(".")
+@example("../a//b")
+@example("..")
+@example("per_class.问.f1")
 def test_any_name_becomes_one_that_mlflow_takes(name: str) -> None:
     _validate_metric_name(mlflow_name(name))
