@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 app = typer.Typer(
     help="How small and how fast can this language model get before it gets worse? Start with `headroom plan`.",
@@ -181,18 +185,23 @@ def use(
 def main() -> None:
     """Run the console script and exit."""
     prepare()
+    for number in _INTERRUPTS:
+        signal.signal(number, _exit_interrupted)
     try:
         app()
     except UserError as error:
         for line in str(error).splitlines():
             print(f"headroom: {line}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("headroom: interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
+
+
+def _exit_interrupted(number: int, frame: FrameType | None) -> None:
+    """End with one line; the flow takes signals itself as long as stages run."""
+    print("headroom: interrupted", file=sys.stderr)
+    sys.exit(EXIT_INTERRUPTED)
 
 
 def _console() -> Console:

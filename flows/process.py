@@ -34,8 +34,8 @@ _SKIPPED = re.compile(r"^Stage '.*' (didn't change, skipping|is cached - skippin
 _CHATTER = re.compile(
     r"^(Running stage '.*':|> .*|(Generating|Updating) lock file 'dvc\.lock'|To track the changes with git, run:"
     r"|\tgit add .*|To enable auto staging, run:|\tdvc config core\.autostage true|Use `dvc push` to .*"
-    r"|Data and pipelines are up to date\.|Building workspace index.*|Comparing indexes.*|Applying changes.*|[AMD]\s+artifacts/.*"
-    r"|ERROR: failed to reproduce.*|ERROR: failed to run.*|\s*)$"
+    r"|Data and pipelines are up to date\.|Building workspace index.*|Comparing indexes.*|Applying changes.*"
+    r"|[AMD]\s+artifacts/.*|ERROR: failed to reproduce.*|ERROR: failed to run.*|\s*)$"
 )
 _SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 _INTERRUPTS = {EXIT_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGTERM}

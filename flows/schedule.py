@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from flows.server import API_URL, LOCAL_API_URL, check_server
 from stages.core.errors import UserError
@@ -47,6 +48,8 @@ def serve(cron: str | None, interval: int | None, stage: str | None, workers: in
 
     when = f"at {cron!r}" if cron else f"every {interval} s"
     say(f"serving the flow {when}; Ctrl-C ends it and pauses the schedule")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Prefect's runner listens for these itself
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     headroom.serve(
         name=DEPLOYMENT,
         cron=cron,

@@ -170,6 +170,7 @@ def _run_body(run: StageRun, body: Callable[[StageRun], dict[str, Any]]) -> None
     metrics = body(run)
     spent = _energy_joules()
     measured = {
+        "inputs": {role: digest(folder) for role, folder in run.inputs.items()},
         "wall_seconds": round(time.monotonic() - started, 3),
         "peak_memory_mb": peak_memory_mb(),
         "energy_joules": None if energy is None or spent is None else round(spent - energy, 1),

@@ -7,7 +7,6 @@ from typing import Any
 import pandas
 
 from stages.core.artifacts import write_json
-from stages.core.hardware import describe_hardware
 from stages.core.ladder import CHAIN, LadderRow, fastest_within_floor, headline, times_smaller
 from stages.core.stage import StageRun, command
 from stages.report.drawing import save
@@ -28,8 +27,9 @@ def run_report(run: StageRun) -> dict[str, Any]:
     plots = run.staging / "plots"
     plots.mkdir()
     for name, figure in figures.items():
-        save(figure, plots, name)
-    page = render(findings, run.params, describe_hardware(), figures)
+        if name != "ladder_narrow":  # the same picture, laid out for a phone's page
+            save(figure, plots, name)
+    page = render(findings, run.params, figures)
     (run.staging / "report.html").write_text(page, encoding="utf-8")
     pandas.DataFrame([row.to_flat() for row in findings.rows]).to_csv(
         run.staging / "ladder.csv", index=False, lineterminator="\n"

@@ -24,6 +24,7 @@ from stages.core.ladder import (
 from stages.core.observe.tracking import flatten
 from stages.core.params import Params
 from stages.report import plots
+from stages.report.devices import read_devices
 from stages.report.drawing import inline, settle, style
 from stages.report.sources import EXAMPLES, TRAINED, Findings
 
@@ -53,13 +54,12 @@ def draw(findings: Findings, params: Params) -> dict[str, Figure]:
     return figures
 
 
-def render(findings: Findings, params: Params, hardware: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
+def render(findings: Findings, params: Params, figures: Mapping[str, Figure]) -> str:
     """Fill the template.
 
     Args:
         findings: what the stages found.
         params: of the whole pipeline.
-        hardware: description of the machine that measured.
         figures: from `draw`.
     """
     best = fastest_within_floor(findings.rows)
@@ -68,7 +68,7 @@ def render(findings: Findings, params: Params, hardware: Mapping[str, Any], figu
         findings=findings,
         params=params,
         settings=flatten(params.model_dump(mode="json", exclude={"tracking"})),
-        hardware=flatten(hardware),
+        hardware=flatten(findings.machine),
         best=best,
         tiles=_tiles(findings, best),
         headline=headline(findings.rows),
@@ -77,7 +77,7 @@ def render(findings: Findings, params: Params, hardware: Mapping[str, Any], figu
         final_title=TITLES[findings.final],
         pictures={name: Markup(inline(figures[name], name, text)) for name, text in _descriptions(findings).items()},
         training=[_training(findings, stage) for stage in TRAINED if stage in findings.metrics],
-        device_checks={name: flatten(device) for name, device in findings.deploy_check["devices"].items()},
+        devices=read_devices(findings.deploy_check, params.deploy_check),
         provenance=flatten(findings.provenance),
         splits=_splits(findings),
         rule_splits=list(dict.fromkeys(findings.rules["split"])),

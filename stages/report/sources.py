@@ -69,6 +69,8 @@ class Findings:
     rules: pandas.DataFrame
     """Columns rule, split, count, example_before, example_after_or_detail."""
     deploy_check: dict[str, Any]
+    machine: dict[str, Any]
+    """Hardware and package versions of the machine that was measured."""
     provenance: dict[str, Any]
     lineage: list[Link]
     costs: list[Cost]
@@ -99,6 +101,7 @@ def read_findings(inputs: Mapping[str, Path]) -> Findings:
         lengths=_lengths(inputs["tokenize"] / "lengths.csv"),
         rules=_table(inputs["clean"] / "rules.csv", "rule", "split", "count", *EXAMPLES).astype({"count": int}),
         deploy_check=read_json(inputs["deploy_check"] / METRICS),
+        machine=read_json(inputs["deploy_check"] / "details.json")["inventory"],
         provenance=read_json(inputs["acquire"] / "provenance.json"),
         lineage=_lineage(inputs),
         costs=[_cost(role, folder) for role, folder in inputs.items()],
@@ -144,12 +147,19 @@ def _confusion(path: Path, labels: list[str]) -> pandas.DataFrame:
 
 def _lineage(inputs: Mapping[str, Path]) -> list[Link]:
     # A room need not hand on every unit: there may be no corpus.
-    return [
+    units = [
         Link(stage, unit, digest(inputs[stage] / unit))
         for stage, units in _UNITS.items()
         for unit in units
         if stage in inputs and (inputs[stage] / unit / MANIFEST).exists()
     ]
+    # The exported models are no input of this stage; those who measured them noted what they were given.
+    exported = [
+        Link(f"export@{name}", "model", read_json(inputs[f"evaluate@{name}"] / MEASURED)["inputs"]["model"])
+        for name in CHAIN
+        if f"evaluate@{name}" in inputs
+    ]
+    return [*units, *exported]
 
 
 def _cost(role: str, folder: Path) -> Cost:

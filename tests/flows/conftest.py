@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.core.observe.tracking import open_client
+
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("stub_stage.py")
 
@@ -104,6 +106,9 @@ class Project:
     def forget_trace(self) -> None:
         (self.folder / "trace.jsonl").unlink()
 
+    def remove(self, path: str) -> None:
+        shutil.rmtree(self.folder / path)
+
     def behave(self, stage: str, how: str) -> None:
         (self.folder / f"behave-{stage}").write_text(how)
 
@@ -138,3 +143,41 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "HEADROOM_EXECUTION"):
         monkeypatch.delenv(name, raising=False)
     return make_project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def built_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    project = make_project(folder)
+    project.dvc("repro")
+    project.forget_trace()
+    return folder
+
+
+@pytest.fixture
+def built(project: Project, built_template: Path) -> Project:
+    """A project in which everything is up to date."""
+    shutil.rmtree(project.folder / ".dvc")
+    shutil.copytree(built_template, project.folder, dirs_exist_ok=True)
+    return project
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables, which take seconds to make."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    open_client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> Path:
+    """A folder with params and an empty default MLflow database, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "HEADROOM_EXECUTION"):
+        monkeypatch.delenv(name, raising=False)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    database = tmp_path / "artifacts" / "mlflow" / "mlflow.db"
+    database.parent.mkdir(parents=True)
+    shutil.copy(empty_database, database)
+    return tmp_path

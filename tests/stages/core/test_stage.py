@@ -95,6 +95,7 @@ def test_a_stage_publishes_units_metrics_measures_and_manifests() -> None:
     verify(OUT / "model")
     assert json.loads((OUT / "metrics.json").read_text()) == {"rows": 3}
     measured = json.loads((OUT / "measured.json").read_text())
+    assert measured["inputs"] == {"data": digest(DATA)}
     assert measured["wall_seconds"] >= 0
     assert 1 < measured["peak_memory_mb"] < 100_000
     assert not (OUT / "history.csv").exists()

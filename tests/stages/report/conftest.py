@@ -143,7 +143,9 @@ def build_project(root: Path) -> None:
 
 def seal(folder: Path) -> None:
     """Write what the stage contract adds to every output, manifests last."""
-    write_json(folder / "measured.json", {"wall_seconds": 12.5, "peak_memory_mb": 820.0, "energy_joules": None})
+    inputs = {"model": "e" * 64}
+    measured = {"inputs": inputs, "wall_seconds": 12.5, "peak_memory_mb": 820.0, "energy_joules": None}
+    write_json(folder / "measured.json", measured)
     for unit in (path for path in folder.iterdir() if path.is_dir()):
         write_manifest(unit)
     write_manifest(folder)
@@ -267,18 +269,20 @@ def _evaluate(folder: Path, name: str) -> None:
 
 def _deploy_check(folder: Path) -> None:
     folder.mkdir(parents=True)
-    checks = {
-        "latency_p95_ms": {"value": 1.4, "target": 50.0, "passed": True},
-        "throughput": {"value": 3510.0, "target": 100.0, "passed": True},
-        "memory_mb": {"value": 398.0, "target": 2048.0, "passed": True},
+    targets = {"latency_p95_ms": 50.0, "throughput": 100.0, "memory_mb": 2048.0}
+    measured = {
+        "latency_ms": {"p50": 0.9, "p95": 1.4, "p99": 1.9},
+        "best_texts_per_second": 3510.0,
+        "memory_mb": 398.0,
+        "gpu_memory_mb": None,
+        "parity": 0.0123,
     }
-    write_json(
-        folder / "metrics.json",
-        {
-            "verdict": "passed",
-            "gpu": "absent",
-            "devices": {"cpu": {"status": "passed", "checks": checks}, "gpu": {"status": "absent", "required": False}},
-            "failures": [],
-        },
-    )
+    soak = {"seconds": 10.0, "requests": 4210, "errors": 0, "error_rate": 0.0, "messages": []}
+    cpu = {"status": "passed", "required": True, "runtime": "openvino-cpu", "targets": targets}
+    gpu = {"status": "absent", "required": False, "failures": ["gpu: absent, no NVIDIA driver or card was found"]}
+    cpu |= {"measured": measured, "soak": soak, "failures": []}
+    metrics = {"verdict": "passed", "gpu": "absent", "devices": {"cpu": cpu, "gpu": gpu}, "failures": []}
+    write_json(folder / "metrics.json", metrics)
+    machine = {"cpu": {"model": "Made-up CPU", "features": ["amx_int8"]}, "memory_gib": 8.0, "gpu": "absent"}
+    write_json(folder / "details.json", {"inventory": machine, "contenders": {}})
     seal(folder)
