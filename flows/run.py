@@ -40,7 +40,8 @@ def execute(stage: str | None, workers: int, force: bool, wait: bool) -> RunSumm
 
 def _raise_mistakes(state: Any) -> None:
     """Raise what ended the flow before it could sum up; a failed stage is no such thing."""
-    if isinstance(state.data, BaseException):
-        raise state.data
+    problem = getattr(state.data, "result", state.data)
+    if isinstance(problem, BaseException):
+        raise problem
     if state.is_crashed():
         raise UserError(f"the flow crashed: {state.message}")

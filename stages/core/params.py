@@ -441,6 +441,16 @@ class Params(Section):
     tracking: TrackingParams
 
     @model_validator(mode="after")
+    def _naive_baseline_holds_every_text(self) -> Self:
+        naive, longest = self.evaluate.latency.naive_length, self.tokenize.maximum_length
+        if naive < longest:
+            raise ValueError(
+                f"evaluate.latency.naive_length {naive} is shorter than the longest text; "
+                f"it must be at least tokenize.maximum_length, {longest}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tokenizer_fits_checkpoint(self) -> Self:
         trained = self.tokenize.tokenizer.kind != "checkpoint"
         scratch = self.acquire.checkpoint.kind == "scratch"

@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from flows.environment import defaults
 from stages.core.observe.tracking import open_client
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,9 @@ class Project:
     def remove(self, path: str) -> None:
         shutil.rmtree(self.folder / path)
 
+    def track(self, stage: str) -> None:
+        (self.folder / f"track-{stage}").touch()
+
     def behave(self, stage: str, how: str) -> None:
         (self.folder / f"behave-{stage}").write_text(how)
 
@@ -136,22 +141,36 @@ def make_project(folder: Path) -> Project:
     return project
 
 
+@pytest.fixture(scope="session")
+def project_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("project")).folder
+
+
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project_template: Path) -> Project:
     """A project in which nothing ran yet, as the working directory."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "HEADROOM_EXECUTION"):
+    shutil.copytree(project_template, tmp_path, dirs_exist_ok=True)
+    enter(tmp_path, monkeypatch)
+    return Project(tmp_path)
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder, with nothing set from outside; what `prepare` sets is undone after the test."""
+    monkeypatch.chdir(folder)
+    for name in ("MLFLOW_TRACKING_URI", "HEADROOM_EXECUTION"):
         monkeypatch.delenv(name, raising=False)
-    return make_project(tmp_path)
+    for name, value in defaults().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
 
 @pytest.fixture(scope="session")
 def built_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built")
-    project = make_project(folder)
+    project = make_project(tmp_path_factory.mktemp("built"))
     project.dvc("repro")
     project.forget_trace()
-    return folder
+    return project.folder
 
 
 @pytest.fixture
@@ -170,12 +189,20 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server of the tests' own, for flows that run in this process."""
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
 @pytest.fixture
 def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> Path:
     """A folder with params and an empty default MLflow database, as the working directory."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "HEADROOM_EXECUTION"):
-        monkeypatch.delenv(name, raising=False)
+    enter(tmp_path, monkeypatch)
     shutil.copy(ROOT / "params.yaml", tmp_path)
     database = tmp_path / "artifacts" / "mlflow" / "mlflow.db"
     database.parent.mkdir(parents=True)

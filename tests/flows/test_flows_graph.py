@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from flows import graph
 from flows.graph import forecast, read_fingerprints, read_graph, stage_table, status_of
 from flows.plan import make_plan
 from stages.core.errors import UserError
@@ -138,7 +137,3 @@ def test_stage_table_has_a_row_a_room(project) -> None:
         "| `export` | the *small* model; variants: small, large | acquire | `export` |".replace("small*", "variant*")
         in lines
     )
-
-
-def test_reading_the_graph_takes_no_network_and_no_prefect() -> None:
-    assert "prefect" not in vars(graph)
