@@ -1,55 +1,55 @@
-# Headroom. `make help` lists the targets.
+# Two commands do the main job: `make run` and `make test`. Both make .venv first; a second call starts at once.
+.DEFAULT_GOAL := help
+.PHONY: help run test ui lint format clean gpu
 
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
-TOOL := $(BIN)/python -m flows.environment
-UI_HOST := 127.0.0.1
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+ARGS ?=
 
-.DEFAULT_GOAL := help
-.PHONY: help install run test ui lint format gpu clean
+export DO_NOT_TRACK ?= true
+export DVC_NO_ANALYTICS ?= true
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name what; do \
+		printf '  make %-8s %s\n' "$$name" "$$what"; done
 
-install: $(STAMP) ## create .venv and install into it; a second call does nothing
+run: $(INSTALLED) ## run the whole pipeline; ARGS="--workers 1" and the like go to `headroom run`
+	@$(BIN)/headroom run $(ARGS)
 
-run: $(STAMP) ## run the whole pipeline: what is cached is not run again
-	@$(BIN)/headroom run
+test: $(INSTALLED) lint ## run the checks of `lint`, then the tests; ARGS="-k prune" and the like go to pytest
+	@$(BIN)/python -m pytest $(ARGS)
 
-test: lint ## lint, then run the tests
-	@$(BIN)/python -m pytest
+ui: $(INSTALLED) ## serve the MLflow UI and Prefect on 127.0.0.1 until Ctrl-C
+	@$(BIN)/python -m flows.ui
 
-ui: $(STAMP) ## MLflow on http://127.0.0.1:5000 and Prefect on http://127.0.0.1:4200, until Ctrl-C
-	@mkdir -p artifacts/mlflow
-	@trap 'kill 0' EXIT INT TERM; \
-	  $(TOOL) mlflow server --host $(UI_HOST) --port 5000 \
-	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/artifacts/mlflow/mlflow.db}" & \
-	  $(TOOL) prefect server start --host $(UI_HOST) --port 4200 & \
-	  wait
+lint: $(INSTALLED) ## ruff, mypy and import-linter
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo --quiet
 
-lint: $(STAMP) ## check style, types and layers
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+format: $(INSTALLED) ## let ruff sort imports and format the code
+	@$(BIN)/ruff check --quiet --select I --fix .
+	@$(BIN)/ruff format --quiet .
 
-format: $(STAMP) ## put the code into its standard form
-	@$(BIN)/ruff check --fix .
-	@$(BIN)/ruff format .
+clean: ## remove .venv and the tools' caches; never data, params, artifacts or DVC's cache
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis headroom.egg-info
+	@find flows stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-gpu: $(STAMP) ## swap ONNX Runtime for its CUDA and TensorRT build
-	@$(BIN)/pip uninstall --quiet --yes onnxruntime
-	@$(BIN)/pip install --quiet "onnxruntime-gpu>=1.31,<2"
+gpu: $(INSTALLED) ## swap ONNX Runtime for its CUDA and TensorRT build
+	@$(PIP) uninstall --yes onnxruntime onnxruntime-gpu
+	@$(PIP) install --constraint constraints.txt --editable ".[dev,gpu]" --no-deps
+	@$(PIP) install "onnxruntime-gpu>=1.31,<2"
 
-clean: ## remove .venv and the tools' caches; never artifacts, caches of DVC, params or data
-	@rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	@find flows stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
+# One folder belongs to both builds of ONNX Runtime, so `gpu` removes the one before it installs the other.
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Headroom needs Python 3.11 or newer; say which with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing into .venv (a minute or two the first time)" >&2
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	@touch $(STAMP)
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"make: Headroom needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; try `make PYTHON=python3.12`")'
+	@echo "Installing into $(VENV); this takes a few minutes once." >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade pip
+	@$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	@touch $@
