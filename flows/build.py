@@ -78,7 +78,7 @@ _STAGE_STATUS: dict[Kind, StageStatus] = {
 
 
 @flow(name="headroom", persist_result=False, task_runner=_RUNNER)
-def headroom(stage: str | None = None, workers: int = 2, force: bool = False, wait: bool = False) -> State[Any]:
+def headroom(stage: str | None = None, workers: int = 1, force: bool = False, wait: bool = False) -> State[Any]:
     """Bring the project up to date.
 
     Args:
@@ -123,7 +123,7 @@ class _Run:
         self._tracker = tracker
         self._workers = workers
         self._force = force
-        self._processes = Processes()
+        self._processes = Processes(side_by_side=workers > 1)
         self._results: dict[str, StageResult] = {}
         self._ended: queue.Queue[str] = queue.Queue()
         self._metric = tracker.params.quality.metric

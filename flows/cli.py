@@ -40,13 +40,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead
 StageName = Annotated[
     str | None, typer.Option("--stage", metavar="NAME", help="Only what this stage needs, and it; such as `prune`.")
 ]
-Workers = Annotated[int, typer.Option(min=1, max=16, help="Stages that may run side by side; measuring ones never do.")]
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=16,
+        help="Stages that may run side by side; measuring ones never do, and training ones get slower.",
+    ),
+]
 
 
 @app.command()
 def run(
     stage: StageName = None,
-    workers: Workers = 2,
+    workers: Workers = 1,
     force: Annotated[bool, typer.Option("--force", help="Run the stages even if nothing changed.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for a run that is going, instead of refusing.")] = False,
     json_: Json = False,
@@ -100,7 +107,7 @@ def schedule(
     cron: Annotated[str | None, typer.Option(help='Five cron fields, such as "0 2 * * *" for two at night.')] = None,
     interval: Annotated[int | None, typer.Option(metavar="SECONDS", help="Seconds between two starts.")] = None,
     stage: StageName = None,
-    workers: Workers = 2,
+    workers: Workers = 1,
 ) -> None:
     """Serve the pipeline on a schedule until interrupted; needs a Prefect server, see `make ui`.
 
@@ -109,8 +116,8 @@ def schedule(
     from flows.graph import read_graph
     from flows.schedule import check_schedule, serve
 
-    check_schedule(cron, interval)
     read_graph().up_to(stage)
+    check_schedule(cron, interval)
     serve(cron, interval, stage, workers)
 
 

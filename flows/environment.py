@@ -44,9 +44,15 @@ def defaults() -> dict[str, str]:
     return {**_DEFAULTS, "PREFECT_HOME": str(PREFECT_FOLDER.resolve())}
 
 
+def make_prefect_folder() -> None:
+    """Create the folder that Prefect keeps its settings and database in, before Prefect is imported."""
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+
+
 def main() -> None:
     """Replace this process by the tool that the command line names."""
     prepare()
+    make_prefect_folder()
     tool = Path(sys.executable).with_name(sys.argv[1])
     os.execv(tool, [str(tool), *sys.argv[2:]])
 

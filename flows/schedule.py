@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+from flows.environment import make_prefect_folder, prepare
 from flows.server import API_URL, LOCAL_API_URL, check_server
 from stages.core.errors import UserError
 from stages.core.observe.progress import say
@@ -61,6 +62,8 @@ def serve(cron: str | None, interval: int | None, stage: str | None, workers: in
 
 
 def _check_cron(cron: str) -> None:
+    prepare()
+    make_prefect_folder()
     from prefect.client.schemas.schedules import CronSchedule
 
     try:

@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 
+from flows.environment import make_prefect_folder
 from stages.core.errors import UserError
 
 API_URL = "PREFECT_API_URL"
@@ -25,6 +26,7 @@ def start_temporary_server() -> threading.Thread | None:
     Raises:
         UserError: if PREFECT_API_URL names a server that does not answer.
     """
+    make_prefect_folder()
     if os.environ.get(API_URL):
         check_server()
         return None

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from flows.environment import prepare
+from flows.environment import make_prefect_folder, prepare
 from flows.server import API_URL
+from stages.core.artifacts import STATE
 from stages.core.errors import UserError
 from stages.core.observe.progress import say
 from stages.core.observe.tracking import tracking_uri
@@ -24,13 +25,13 @@ MLFLOW_PORT = "MLFLOW_PORT"
 PREFECT_PORT = "PREFECT_SERVER_API_PORT"
 
 _SECONDS_TO_START = 90.0
-_SECONDS_TO_STOP = 10.0
-_EXIT_INTERRUPTED = 130
+_SECONDS_TO_STOP = 3.0
 
 
 def main() -> int:
     """Serve both until interrupted; return the exit code."""
     prepare()
+    make_prefect_folder()
     ports = {
         MLFLOW_PORT: int(os.environ.get(MLFLOW_PORT, "5000")),
         PREFECT_PORT: int(os.environ.get(PREFECT_PORT, "4200")),
@@ -45,6 +46,7 @@ def main() -> int:
         signal.signal(number, _interrupt)
     servers: list[subprocess.Popen[bytes]] = []
     try:
+        say("starting the servers")
         servers.extend(_start(command, ports[PREFECT_PORT]) for command in commands)
         return _watch(servers, uri, ports)
     except KeyboardInterrupt:
@@ -71,10 +73,23 @@ def _start(command: list[str], prefect_port: int) -> subprocess.Popen[bytes]:
     """Start a server in a session of its own: Ctrl-C reaches this process alone, which then ends both in order."""
     tool = Path(sys.executable).with_name(command[0])
     api = f"http://{HOST}:{prefect_port}/api"
-    environment = {**os.environ, API_URL: api, "PREFECT_UI_API_URL": api, "PREFECT_LOGGING_SERVER_LEVEL": "WARNING"}
-    return subprocess.Popen(
-        [str(tool), *command[1:]], env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True
-    )
+    environment = {**os.environ, API_URL: api, "PREFECT_UI_API_URL": api}
+    log = _log(command[0])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [str(tool), *command[1:]],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _log(name: str) -> Path:
+    """Where a server's own words go."""
+    return STATE / f"ui-{name}.log"
 
 
 def _watch(servers: list[subprocess.Popen[bytes]], uri: str, ports: dict[str, int]) -> int:
@@ -84,13 +99,14 @@ def _watch(servers: list[subprocess.Popen[bytes]], uri: str, ports: dict[str, in
     while True:
         ended = next((server for server in servers if server.poll() is not None), None)
         if ended is not None:
-            say(f"ui: {Path(ended.args[0]).name} ended with exit code {ended.returncode}")  # type: ignore[index,arg-type]
+            name = "prefect" if ended is servers[0] else "mlflow"
+            say(f"ui: {name} ended with exit code {ended.returncode}; see {_log(name)}")
             return 1
         if not told and all(_answers(port) for port in chosen):
             told = True
             _tell(uri, ports, with_mlflow=len(servers) > 1)
         if not told and time.monotonic() - started > _SECONDS_TO_START:
-            say(f"ui: no answer within {_SECONDS_TO_START:.0f} s")
+            say(f"ui: no answer within {_SECONDS_TO_START:.0f} s; see {_log('prefect')} and {_log('mlflow')}")
             return 1
         time.sleep(0.3)
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from stages.core.artifacts import ARTIFACTS, digest, publish, text_sha256, verify, write_manifest
 from stages.core.batches import length_batches
-from stages.core.checkpoints import load_model
-from stages.core.examples import Examples, load_dataset
+from stages.core.checkpoints import load_model, load_tokenizer
+from stages.core.examples import Examples, load_dataset, load_examples, load_maximum_length, load_pad_id
 from stages.core.judging import judge
 from stages.core.observe.progress import track
-from stages.core.params import DistillWeights, OptimizerParams, TransferParams
+from stages.core.params import DistillParams, DistillWeights, OptimizerParams, Precision, TransferParams
 from stages.core.stage import StageRun
 from stages.core.tasks import Task
 from stages.core.tensors import pad_tensors, shuffled_batches, to_device
@@ -87,7 +87,27 @@ def add_transfer_texts(
     return Examples(examples.texts + texts, examples.input_ids + rows, labels)
 
 
-def teacher_outputs(teacher: Path, examples: Examples, layers: Sequence[int], pad_id: int) -> TeacherOutputs:
+def build_lesson(params: DistillParams, teacher: Path, data: Path, corpus: Path, seed: int) -> Lesson:
+    """Gather the texts and ask the teacher about them.
+
+    Args:
+        params: which texts and layers, and how the loss is weighted.
+        teacher: checkpoint folder.
+        data: tokenized splits.
+        corpus: folder with `corpus.parquet`.
+        seed: of the draw of unlabelled texts.
+    """
+    tokenizer, pad_id = load_tokenizer(data / "tokenizer"), load_pad_id(data)
+    labelled = load_examples(data, "train")
+    examples = add_transfer_texts(labelled, corpus, params.transfer, tokenizer, load_maximum_length(data), seed)
+    layers = params.layers if params.weights.hidden else []
+    outputs = teacher_outputs(teacher, examples, layers, pad_id, params.optimizer.precision)
+    return Lesson(examples, outputs, params.weights, params.temperature, pad_id)
+
+
+def teacher_outputs(
+    teacher: Path, examples: Examples, layers: Sequence[int], pad_id: int, precision: Precision
+) -> TeacherOutputs:
     """Ask the teacher about every text, once: the answers are kept on disk for this teacher, texts and layers.
 
     Args:
@@ -95,11 +115,14 @@ def teacher_outputs(teacher: Path, examples: Examples, layers: Sequence[int], pa
         examples: texts.
         layers: whose output is kept, counted from 0; empty keeps logits alone.
         pad_id: token id that fills short texts.
+        precision: in which the teacher computes.
     """
     rows = repr(examples.input_ids)
-    folder = _CACHE / text_sha256("\n".join([digest(teacher), rows, repr(list(layers))]))[:16]
+    folder = _CACHE / text_sha256("\n".join([digest(teacher), rows, repr(list(layers)), precision]))[:16]
     if not folder.exists():
-        outputs = _ask(load_model(teacher), examples.input_ids, layers, pad_id)
+        model = load_model(teacher)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            outputs = _ask(model, examples.input_ids, layers, pad_id)
         _store(outputs, folder)
     verify(folder)
     tensors = safetensors.torch.load_file(folder / "outputs.safetensors")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.batches import length_batches
-from stages.core.checkpoints import count_parameters, extend_lineage, load_model, load_tokenizer, save_model
-from stages.core.distillation import Lesson, add_transfer_texts, distillation_recipe, teacher_outputs
-from stages.core.examples import Examples, load_examples, load_maximum_length, load_pad_id, sample
+from stages.core.checkpoints import count_parameters, extend_lineage, load_model, save_model
+from stages.core.distillation import Lesson, build_lesson, distillation_recipe
+from stages.core.examples import Examples, load_examples, load_pad_id, sample
 from stages.core.judging import validation_quality
 from stages.core.observe.progress import track
 from stages.core.stage import StageRun, command
@@ -34,7 +34,7 @@ def run_prune(run: StageRun) -> dict[str, Any]:
     cuts: list[dict[str, Any]] = []
     if params.sparsity.heads or params.sparsity.neurons:
         labelled = load_examples(data, "train")
-        lesson = _lesson(run, labelled) if params.recovery.epochs else None
+        lesson = _lesson(run) if params.recovery.epochs else None
         calibration = sample(labelled, params.calibration_texts, run.params.seed)
         for index in range(params.rounds):
             _cut(model, task, calibration, pad_id, run, index)
@@ -58,16 +58,11 @@ def run_prune(run: StageRun) -> dict[str, Any]:
     }
 
 
-def _lesson(run: StageRun, labelled: Examples) -> Lesson:
+def _lesson(run: StageRun) -> Lesson:
     """The same lesson as in distillation, so the teacher's answers are already there."""
-    params, data, teacher = run.params.distill, run.inputs["data"], run.inputs["teacher"]
-    tokenizer, pad_id = load_tokenizer(data / "tokenizer"), load_pad_id(data)
-    examples = add_transfer_texts(
-        labelled, run.inputs["corpus"], params.transfer, tokenizer, load_maximum_length(data), run.params.seed
+    return build_lesson(
+        run.params.distill, run.inputs["teacher"], run.inputs["data"], run.inputs["corpus"], run.params.seed
     )
-    kept = params.layers if params.weights.hidden else []
-    outputs = teacher_outputs(teacher, examples, kept, pad_id)
-    return Lesson(examples, outputs, params.weights, params.temperature, pad_id)
 
 
 def _cut(model: nn.Module, task: Task, calibration: Examples, pad_id: int, run: StageRun, index: int) -> None:

@@ -22,12 +22,12 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _lesson(teacher: Path, data: Path, weights: DistillWeights) -> Lesson:
     examples = load_examples(data, "train")
-    return Lesson(examples, teacher_outputs(teacher, examples, [0, 1], 0), weights, 2.0, 0)
+    return Lesson(examples, teacher_outputs(teacher, examples, [0, 1], 0, "fp32"), weights, 2.0, 0)
 
 
 def test_outputs_are_those_of_the_teacher_text_by_text(tiny_checkpoint: Path, tiny_data: Path) -> None:
     examples = load_examples(tiny_data, "train")
-    outputs = teacher_outputs(tiny_checkpoint, examples, [1], 0)
+    outputs = teacher_outputs(tiny_checkpoint, examples, [1], 0, "fp32")
     teacher = load_model(tiny_checkpoint)
     for index in (0, 7, 59):
         row = torch.tensor([examples.input_ids[index]])
@@ -40,15 +40,15 @@ def test_outputs_are_those_of_the_teacher_text_by_text(tiny_checkpoint: Path, ti
 
 def test_the_teacher_is_asked_once(tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = load_examples(tiny_data, "train")
-    first = teacher_outputs(tiny_checkpoint, examples, [], 0)
+    first = teacher_outputs(tiny_checkpoint, examples, [], 0, "fp32")
 
     def refuse(folder: Path) -> None:
         raise AssertionError("asked again")
 
     monkeypatch.setattr(distillation, "load_model", refuse)
-    assert torch.equal(teacher_outputs(tiny_checkpoint, examples, [], 0).logits, first.logits)
+    assert torch.equal(teacher_outputs(tiny_checkpoint, examples, [], 0, "fp32").logits, first.logits)
     with pytest.raises(AssertionError, match="asked again"):
-        teacher_outputs(tiny_checkpoint, examples.select(range(5)), [], 0)
+        teacher_outputs(tiny_checkpoint, examples.select(range(5)), [], 0, "fp32")
 
 
 def test_a_student_equal_to_the_teacher_has_nothing_to_learn(tiny_checkpoint: Path, tiny_data: Path) -> None:
