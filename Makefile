@@ -29,7 +29,7 @@ lint: $(INSTALLED) ## ruff, mypy and import-linter
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/lint-imports --no-logo --quiet
+	@$(BIN)/lint-imports --no-logo
 
 format: $(INSTALLED) ## let ruff sort imports and format the code
 	@$(BIN)/ruff check --quiet --select I --fix .

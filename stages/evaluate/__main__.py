@@ -29,7 +29,7 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     test = _read_test(run, model)
     prepare_pytorch()
     network = load_model(run.inputs["reference"])
-    naive = naive_length(params.latency.naive_length, network, model)
+    naive = naive_length(params.latency.naive_length, network)
 
     run.say(f"quality on {len(test)} texts")
     probabilities = predict(model, open_runtime(REFERENCE_RUNTIME, model), test.texts, _BATCH_SIZE)[1]

@@ -10,7 +10,6 @@ from torch import nn
 
 from stages.core.batches import pad
 from stages.core.checkpoints import logits_of
-from stages.core.errors import UserError
 from stages.core.hardware import thread_limit
 from stages.core.runtimes import ExportedModel
 
@@ -40,17 +39,8 @@ class PyTorchService:
         return predictions
 
 
-def naive_length(wanted: int, network: nn.Module, model: ExportedModel) -> int:
-    """Length to which the naive baseline pads: as wanted, but no longer than the model has positions.
-
-    Raises:
-        UserError: if texts can be longer than that.
-    """
-    if wanted < model.maximum_length:
-        raise UserError(
-            f"params.yaml: evaluate.latency.naive_length: {wanted} is less than tokenize.maximum_length "
-            f"{model.maximum_length}; the naive baseline pads every text to it, so make it at least as large"
-        )
+def naive_length(wanted: int, network: nn.Module) -> int:
+    """Length to which the naive baseline pads: as wanted, but no longer than the model has positions."""
     return min(wanted, _positions(network) or wanted)
 
 

@@ -103,7 +103,8 @@ def test_builds_up_to_a_stage_and_force_runs_what_is_cached(built) -> None:
 
 
 def test_measuring_stages_have_the_machine_for_themselves(project) -> None:
-    project.behave("export@small", "sleep 4")  # long enough for the other one to start on a busy machine
+    for stage in ("export@small", "export@large"):
+        project.behave(stage, "sleep 6")  # long enough for the other one to start on a busy machine
     for stage in ("evaluate@small", "evaluate@large"):
         project.behave(stage, "sleep 0.5")
     run_flow(workers=4)

