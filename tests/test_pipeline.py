@@ -130,7 +130,7 @@ def test_runs_are_tracked(repository: Repository) -> None:
     assert finetune.data.tags["headroom.output"] == digest(repository.folder / "artifacts/finetune")
     assert len(client.get_metric_history(finetune.info.run_id, "validation_loss")) >= 2
     version = client.get_model_version_by_alias("headroom-tiny", repository.metrics("register")["alias"])
-    assert version.version == str(repository.metrics("register")["version"])
+    assert str(version.version) == str(repository.metrics("register")["version"])
 
 
 def test_a_second_run_executes_nothing(repository: Repository) -> None:

@@ -120,9 +120,9 @@ def teacher_outputs(
     rows = repr(examples.input_ids)
     folder = _CACHE / text_sha256("\n".join([digest(teacher), rows, repr(list(layers)), precision]))[:16]
     if not folder.exists():
-        model = load_model(teacher)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            outputs = _ask(model, examples.input_ids, layers, pad_id)
+        # Loading draws random numbers; whether the answers were on disk must not show in what is trained next.
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            outputs = _ask(load_model(teacher), examples.input_ids, layers, pad_id)
         _store(outputs, folder)
     verify(folder)
     tensors = safetensors.torch.load_file(folder / "outputs.safetensors")

@@ -51,6 +51,12 @@ def test_the_teacher_is_asked_once(tiny_checkpoint: Path, tiny_data: Path, monke
         teacher_outputs(tiny_checkpoint, examples.select(range(5)), [], 0, "fp32")
 
 
+def test_asking_leaves_the_generator_as_it_was(tiny_checkpoint: Path, tiny_data: Path) -> None:
+    before = torch.get_rng_state()
+    teacher_outputs(tiny_checkpoint, load_examples(tiny_data, "train"), [], 0, "fp32")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_student_equal_to_the_teacher_has_nothing_to_learn(tiny_checkpoint: Path, tiny_data: Path) -> None:
     lesson = _lesson(tiny_checkpoint, tiny_data, DistillWeights(soft=1.0, hard=0.0, hidden=1.0))
     loss = student_loss(load_model(tiny_checkpoint), TASK, lesson, [0, 1], list(range(10)))
