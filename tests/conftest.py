@@ -99,7 +99,7 @@ def tiny_checkpoint(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFacto
 def exported_unit(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unit of the checkpoint's ONNX export. Tests must not change it; copy it with `exported_copy`."""
     from stages.core.checkpoints import copy_tokenizer, count_parameters, load_model
-    from stages.export.graph import export_onnx
+    from stages.core.onnx_graph import export_onnx
 
     model = load_model(tiny_checkpoint)
     folder = tmp_path_factory.mktemp("exported") / "model"

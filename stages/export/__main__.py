@@ -8,10 +8,10 @@ from stages.core.artifacts import write_json
 from stages.core.checkpoints import HEADROOM_FILE, copy_tokenizer, count_parameters, extend_lineage, load_model
 from stages.core.errors import UserError
 from stages.core.examples import load_examples, load_labels, load_maximum_length, load_pad_id, sample
+from stages.core.onnx_graph import export_onnx
 from stages.core.quantized import QuantizedLinear
 from stages.core.stage import StageRun, command
 from stages.core.tasks import get_task
-from stages.export.graph import export_onnx
 from stages.export.parity import largest_difference
 
 

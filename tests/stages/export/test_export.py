@@ -11,9 +11,9 @@ from torch import nn
 from stages.core.batches import pad
 from stages.core.checkpoints import load_model
 from stages.core.examples import load_examples
+from stages.core.onnx_graph import export_onnx
 from stages.core.params import ActivationParams
 from stages.core.structure import encoder_layers, keep_parts
-from stages.export.graph import export_onnx
 from stages.export.parity import largest_difference
 from stages.quantize.__main__ import quantizable_layers, quantize_model
 from stages.quantize.observe import choose_range, collect_inputs
