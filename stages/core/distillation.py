@@ -1,49 +1,56 @@
-"""A student learns from a teacher: the teacher's answers, computed once, and the loss against them.
+"""A student learns from teachers: the texts, what the teachers say of them, and the loss against it.
 
-Soft labels at a temperature (Hinton et al., 1503.02531), true labels where there are any, and the hidden states of
-chosen layers (TinyBERT, 1909.10351).
+Soft labels at a temperature (Hinton et al., 1503.02531), the mean of several teachers where there are more; true
+labels where there are any; hidden states and attention maps of chosen layers (TinyBERT, 1909.10351); query, key and
+value relations of one layer (MiniLMv2, 2012.15828).
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
-import safetensors.torch
 import torch
+import transformers
 from torch import Tensor, nn
 
-from stages.core.artifacts import ARTIFACTS, digest, publish, text_sha256, verify, write_manifest
-from stages.core.batches import length_batches
-from stages.core.checkpoints import load_model, load_tokenizer
-from stages.core.examples import Examples, load_dataset, load_examples, load_maximum_length, load_pad_id
+from stages.core.artifacts import read_json, verify
+from stages.core.augmentation import augmented_rows
+from stages.core.checkpoints import HEADROOM_FILE, load_tokenizer
+from stages.core.errors import UserError
+from stages.core.examples import (
+    Examples,
+    load_dataset,
+    load_examples,
+    load_labels,
+    load_maximum_length,
+    load_pad_id,
+)
 from stages.core.judging import judge
-from stages.core.observe.progress import track
-from stages.core.params import DistillParams, DistillWeights, OptimizerParams, Precision, TransferParams
+from stages.core.params import (
+    AugmentationParams,
+    DistillParams,
+    DistillWeights,
+    OptimizerParams,
+    StudentParams,
+    TransferParams,
+)
+from stages.core.relations import recorded_projections, relation_loss
 from stages.core.stage import StageRun
+from stages.core.structure import attention_linears, encoder_layers, layer_widths
 from stages.core.tasks import Task
+from stages.core.teacher import Recorded, TeacherOutputs, average_logits, teacher_outputs
 from stages.core.tensors import pad_tensors, shuffled_batches, to_device
-from stages.core.training import Batch, Recipe
+from stages.core.training import Batch, Position, Recipe, train
 
-_CACHE = ARTIFACTS / ".cache" / "teacher"
-_BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class TeacherOutputs:
-    """What the teacher says of every text."""
-
-    logits: Tensor
-    """float32 [texts, classes]."""
-    hidden: list[Tensor]
-    """For each chosen layer, the hidden states of all texts' tokens end to end, bfloat16 [tokens, hidden]."""
-    starts: Tensor
-    """Where each text's tokens begin in `hidden`, int64 [texts + 1]."""
+_PROJECTION = "distill_projection"
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,18 @@ class Lesson:
     examples: Examples
     """The task's training texts, then unlabelled ones with label -1."""
     teacher: TeacherOutputs
+    """Its logits are the mean of all teachers."""
     weights: DistillWeights
     temperature: float
     pad_id: int
+    attention_heads: list[int]
+    """Of the teacher, for each layer whose attention is recorded."""
+    relation_heads: int
+
+    @property
+    def layers(self) -> int:
+        """How many teacher layers are held against student layers."""
+        return max(len(self.teacher.hidden), len(self.teacher.attention))
 
 
 def add_transfer_texts(
@@ -83,51 +99,125 @@ def add_transfer_texts(
     if not texts:
         return examples
     rows = tokenizer(texts, truncation=True, max_length=maximum_length)["input_ids"]
-    labels = numpy.concatenate([examples.labels, numpy.full(len(texts), -1)])
+    return _with_unlabelled(examples, texts, rows)
+
+
+def add_augmented_texts(
+    examples: Examples, source: Examples, params: AugmentationParams, language_model: Path, tokenizer: Any, seed: int
+) -> Examples:
+    """Put variants of the texts of `source` behind `examples`; see `augmented_rows`."""
+    if params.copies == 0:
+        return examples
+    rows = augmented_rows(source.input_ids, params, language_model, tokenizer, seed)
+    return _with_unlabelled(examples, tokenizer.batch_decode(rows, skip_special_tokens=True), rows)
+
+
+def _with_unlabelled(examples: Examples, texts: list[str], rows: list[list[int]]) -> Examples:
+    labels = numpy.concatenate([examples.labels, numpy.full(len(rows), -1)])
     return Examples(examples.texts + texts, examples.input_ids + rows, labels)
 
 
-def build_lesson(params: DistillParams, teacher: Path, data: Path, corpus: Path, seed: int) -> Lesson:
-    """Gather the texts and ask the teacher about them.
+def build_lesson(
+    params: DistillParams, teacher: Path, data: Path, corpus: Path, seed: int, language_model: Path | None = None
+) -> Lesson:
+    """Gather the texts and ask the teachers about them.
 
     Args:
         params: which texts and layers, and how the loss is weighted.
-        teacher: checkpoint folder.
+        teacher: checkpoint folder; from it come all that is learnt of layers.
         data: tokenized splits.
         corpus: folder with `corpus.parquet`.
         seed: of the draw of unlabelled texts.
+        language_model: checkpoint folder of the model that augments texts; None leaves augmented texts out.
+
+    Raises:
+        UserError: if a further teacher does not fit the data, or a layer is not there.
     """
-    tokenizer, pad_id = load_tokenizer(data / "tokenizer"), load_pad_id(data)
+    for name, path in params.checkpoints().items():
+        check_same_tokenizer(Path(path), data / "tokenizer", name)
+    for index, path in enumerate(params.teachers):
+        check_teacher(Path(path), load_labels(data), f"distill.teachers[{index}]")
+    recorded = what_to_record(params, _layer_count(teacher))
+    tokenizer, pad_id, maximum_length = load_tokenizer(data / "tokenizer"), load_pad_id(data), load_maximum_length(data)
     labelled = load_examples(data, "train")
-    examples = add_transfer_texts(labelled, corpus, params.transfer, tokenizer, load_maximum_length(data), seed)
-    layers = params.layers if params.weights.hidden else []
-    outputs = teacher_outputs(teacher, examples, layers, pad_id, params.optimizer.precision)
-    return Lesson(examples, outputs, params.weights, params.temperature, pad_id)
+    examples = add_transfer_texts(labelled, corpus, params.transfer, tokenizer, maximum_length, seed)
+    if language_model is not None:
+        examples = add_augmented_texts(
+            examples, labelled, params.transfer.augmentation, language_model, tokenizer, seed
+        )
+    precision = params.optimizer.precision
+    outputs = teacher_outputs(teacher, examples.input_ids, recorded, precision)
+    others = [teacher_outputs(Path(path), examples.input_ids, Recorded(), precision) for path in params.teachers]
+    logits = average_logits([outputs.logits, *(other.logits for other in others)], params.temperature)
+    widths = read_json(teacher / HEADROOM_FILE)["widths"]
+    heads = [widths[layer]["heads"] for layer in recorded.attention]
+    return Lesson(
+        examples, replace(outputs, logits=logits), params.weights, params.temperature, pad_id, heads,
+        params.relations.heads,
+    )  # fmt: skip
 
 
-def teacher_outputs(
-    teacher: Path, examples: Examples, layers: Sequence[int], pad_id: int, precision: Precision
-) -> TeacherOutputs:
-    """Ask the teacher about every text, once: the answers are kept on disk for this teacher, texts and layers.
+def what_to_record(params: DistillParams, teacher_layers: int) -> Recorded:
+    """Say what of the teacher's layers the loss needs.
 
-    Args:
-        teacher: checkpoint folder.
-        examples: texts.
-        layers: whose output is kept, counted from 0; empty keeps logits alone.
-        pad_id: token id that fills short texts.
-        precision: in which the teacher computes.
+    Raises:
+        UserError: if the teacher has no such layer.
     """
-    rows = repr(examples.input_ids)
-    folder = _CACHE / text_sha256("\n".join([digest(teacher), rows, repr(list(layers)), precision]))[:16]
-    if not folder.exists():
-        # Loading draws random numbers; whether the answers were on disk must not show in what is trained next.
-        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            outputs = _ask(load_model(teacher), examples.input_ids, layers, pad_id)
-        _store(outputs, folder)
-    verify(folder)
-    tensors = safetensors.torch.load_file(folder / "outputs.safetensors")
-    hidden = [tensors[f"hidden/{index}"] for index in range(len(layers))]
-    return TeacherOutputs(tensors["logits"], hidden, tensors["starts"])
+    weights, layer = params.weights, params.relations.layer
+    if weights.relations and layer >= teacher_layers:
+        raise UserError(f"distill.relations.layer: the teacher has layers 0 to {teacher_layers - 1}, got {layer}")
+    matched = tuple(matched_layers(params.student, teacher_layers))
+    return Recorded(
+        hidden=matched if weights.hidden else (),
+        attention=matched if weights.attention else (),
+        relations=layer if weights.relations else None,
+    )
+
+
+def matched_layers(student: StudentParams, teacher_layers: int) -> list[int]:
+    """Teacher layer whose output each student layer learns: its own, or the last of an even share (1909.10351)."""
+    if student.kind == "layers":
+        return student.layers
+    count = student.layers if student.kind == "narrow" else _layer_count(Path(student.path))
+    return [math.ceil((index + 1) * teacher_layers / count) - 1 for index in range(count)]
+
+
+def check_teacher(folder: Path, labels: Sequence[str], name: str) -> None:
+    """Check that a further teacher answers with the labels of the data, in their order.
+
+    Raises:
+        UserError: if it does not, or its folder was altered.
+    """
+    try:
+        verify(folder)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    own = labels_of(folder)
+    if own != list(labels):
+        raise UserError(f"{name}: {folder} knows the labels {own}, the data has {list(labels)}; fine-tune it on these")
+
+
+def labels_of(checkpoint: Path) -> list[str]:
+    """Names of the classes that a checkpoint knows, by index."""
+    names: dict[int, str] = transformers.AutoConfig.from_pretrained(checkpoint).id2label
+    return [names[index] for index in sorted(names)]
+
+
+def check_same_tokenizer(checkpoint: Path, tokenizer: Path, name: str) -> None:
+    """Check that a checkpoint comes with the very tokenizer of the data.
+
+    Raises:
+        UserError: if it does not, or is no checkpoint.
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise UserError(f"{name}: {checkpoint} has no config.json; name the folder of a checkpoint")
+    try:
+        own = _encoding(checkpoint)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{name}: {checkpoint} has no tokenizer that can be loaded: {reason}") from None
+    if own != _encoding(tokenizer):
+        raise UserError(f"{name}: {checkpoint} has another tokenizer than the data; take one with the same")
 
 
 def student_loss(student: nn.Module, task: Task, lesson: Lesson, layers: Sequence[int], batch: Batch) -> Tensor:
@@ -137,12 +227,13 @@ def student_loss(student: nn.Module, task: Task, lesson: Lesson, layers: Sequenc
         student: the model that learns.
         task: for the terms on logits.
         lesson: texts, teacher's outputs and weights.
-        layers: student layers whose outputs are held against the kept teacher layers, in the same order.
+        layers: student layers that are held against the recorded teacher layers, in the same order.
         batch: indices of texts.
     """
     examples, teacher, weights = lesson.examples, lesson.teacher, lesson.weights
     inputs = to_device(pad_tensors([examples.input_ids[i] for i in batch], lesson.pad_id), student)
-    output = student(**inputs, output_hidden_states=bool(teacher.hidden))
+    with recorded_projections(student, _layers_to_record(student, lesson, layers)) as seen:
+        output = student(**inputs, output_hidden_states=bool(teacher.hidden))
     logits = output.logits.float()
     indices = torch.tensor(list(batch))
     loss = weights.soft * task.soft_loss(logits, teacher.logits[indices].to(logits.device), lesson.temperature)
@@ -150,12 +241,46 @@ def student_loss(student: nn.Module, task: Task, lesson: Lesson, layers: Sequenc
         labels = torch.from_numpy(examples.labels[list(batch)]).to(logits.device)
         share = (labels >= 0).float().mean()  # a batch with few labels must not weigh them more
         loss = loss + weights.hard * share * task.loss(logits, labels, smoothing=0.0)
+    mask, tokens = inputs["attention_mask"].bool(), teacher.tokens(indices)
     for layer, hidden in zip(layers, teacher.hidden, strict=False):
-        mask = inputs["attention_mask"].bool()
-        wanted = torch.cat([hidden[teacher.starts[i] : teacher.starts[i + 1]] for i in batch])
-        seen = output.hidden_states[layer + 1][mask].float()
-        loss = loss + weights.hidden / len(layers) * (seen - wanted.to(seen.device).float()).square().mean()
+        states = _projected(student, output.hidden_states[layer + 1][mask]).float()
+        wanted = hidden[tokens].to(states.device).float()
+        loss = loss + weights.hidden / len(layers) * (states - wanted).square().mean()
+    for layer, pair, heads in zip(layers, teacher.attention, lesson.attention_heads, strict=False):
+        query, key = _padded(pair[tokens], mask).unbind(dim=2)
+        term = relation_loss((seen[layer][0], seen[layer][1]), (query, key), heads, mask)
+        loss = loss + weights.attention / len(layers) * term
+    if teacher.relations is not None:
+        parts = zip(seen[_last_layer(student)], _padded(teacher.relations[tokens], mask).unbind(dim=2), strict=True)
+        terms = [relation_loss((own, own), (other, other), lesson.relation_heads, mask) for own, other in parts]
+        loss = loss + weights.relations * torch.stack(terms).mean()
     return loss
+
+
+def _layers_to_record(student: nn.Module, lesson: Lesson, layers: Sequence[int]) -> list[int]:
+    attentive = list(layers) if lesson.teacher.attention else []
+    return sorted({*attentive, *([] if lesson.teacher.relations is None else [_last_layer(student)])})
+
+
+def _last_layer(student: nn.Module) -> int:
+    return len(encoder_layers(student)) - 1
+
+
+def teach(
+    student: nn.Module,
+    task: Task,
+    lesson: Lesson,
+    layers: Sequence[int],
+    validation: Examples,
+    optimizer: OptimizerParams,
+    epochs: int,
+    run: StageRun,
+    phase: str,
+) -> Position:
+    """Train a student, with a learnt projection of its hidden states where it is narrower; see `student_loss`."""
+    with _projection(student, lesson):
+        recipe = distillation_recipe(student, task, lesson, layers, validation, optimizer, epochs, run)
+        return train(student, recipe, run, phase)
 
 
 def distillation_recipe(
@@ -168,7 +293,12 @@ def distillation_recipe(
     epochs: int,
     run: StageRun,
 ) -> Recipe:
-    """Describe the training of a student; see `student_loss`."""
+    """Describe the training of a student; see `student_loss`. `teach` does it.
+
+    Raises:
+        UserError: if a term of the loss cannot be computed for this student.
+    """
+    check_comparable(student, lesson, layers)
     lengths = [len(row) for row in lesson.examples.input_ids]
     metric, seed = run.params.quality.metric, run.params.seed
     return Recipe(
@@ -180,32 +310,76 @@ def distillation_recipe(
     )
 
 
-def _ask(model: nn.Module, rows: Sequence[Sequence[int]], layers: Sequence[int], pad_id: int) -> TeacherOutputs:
-    lengths = torch.tensor([len(row) for row in rows])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+def check_comparable(student: nn.Module, lesson: Lesson, layers: Sequence[int]) -> None:
+    """Check that what the loss compares can be compared.
+
+    Raises:
+        UserError: if head counts differ, relation heads do not divide a width, or hidden widths differ.
+    """
+    teacher, off = lesson.teacher, "set it to 0"
+    if teacher.hidden and layers and _hidden_size(student) != teacher.hidden[0].shape[-1] and not _has(student):
+        raise UserError(
+            f"distill.weights.hidden: the student is {_hidden_size(student)} wide and the teacher "
+            f"{teacher.hidden[0].shape[-1]}; {off}"
+        )
+    if teacher.attention:
+        own = layer_widths(student)
+        for layer, heads in zip(layers, lesson.attention_heads, strict=False):
+            if own[layer].heads != heads:
+                raise UserError(
+                    f"distill.weights.attention: layer {layer} of the student has {own[layer].heads} heads where the "
+                    f"teacher has {heads}; {off}, distill.weights.relations needs no equal heads"
+                )
+    if teacher.relations is not None:
+        own_width = attention_linears(encoder_layers(student)[-1])[0].out_features
+        for whose, width in (("student", own_width), ("teacher", teacher.relations.shape[-1])):
+            if width % lesson.relation_heads:
+                raise UserError(
+                    f"distill.relations.heads: {lesson.relation_heads} does not divide the {width} features of the "
+                    f"{whose}'s attention; take a divisor of them"
+                )
+
+
+@contextmanager
+def _projection(student: nn.Module, lesson: Lesson) -> Iterator[None]:
+    """Give the student a part that maps its hidden states to the teacher's width; only training sees it."""
+    hidden = lesson.teacher.hidden
+    needed = bool(hidden) and hidden[0].shape[-1] != _hidden_size(student)
+    if needed:
+        student.add_module(_PROJECTION, nn.Linear(_hidden_size(student), hidden[0].shape[-1], bias=False))
+    try:
+        yield
+    finally:
+        if needed:
+            delattr(student, _PROJECTION)
+
+
+def _projected(student: nn.Module, states: Tensor) -> Tensor:
+    projected: Tensor = getattr(student, _PROJECTION)(states) if _has(student) else states
+    return projected
+
+
+def _has(student: nn.Module) -> bool:
+    return hasattr(student, _PROJECTION)
+
+
+def _hidden_size(model: nn.Module) -> int:
     settings: Any = model.config
-    width = settings.hidden_size
-    hidden = [torch.empty(int(starts[-1]), width, dtype=torch.bfloat16) for _ in layers]
-    logits = torch.empty(len(rows), settings.num_labels)
-    for batch in track(length_batches(lengths.tolist(), _BATCH_SIZE), "ask the teacher"):
-        inputs = to_device(pad_tensors([rows[i] for i in batch], pad_id), model)
-        with torch.inference_mode():
-            output = model(**inputs, output_hidden_states=bool(layers))
-        logits[torch.tensor(batch)] = output.logits.float().cpu()
-        for kept, layer in zip(hidden, layers, strict=True):
-            states = output.hidden_states[layer + 1].to("cpu", torch.bfloat16)
-            for place, index in enumerate(batch):
-                kept[starts[index] : starts[index + 1]] = states[place, : lengths[index]]
-    return TeacherOutputs(logits, hidden, starts)
+    return int(settings.hidden_size)
 
 
-def _store(outputs: TeacherOutputs, folder: Path) -> None:
-    """Keep the answers of one teacher; hidden states are large, so those of any other go first."""
-    shutil.rmtree(_CACHE, ignore_errors=True)
-    draft = folder.with_name(f"{folder.name}.draft")
-    draft.mkdir(parents=True)
-    tensors = {"logits": outputs.logits, "starts": outputs.starts}
-    tensors |= {f"hidden/{index}": tensor for index, tensor in enumerate(outputs.hidden)}
-    safetensors.torch.save_file(tensors, draft / "outputs.safetensors")
-    write_manifest(draft)
-    publish(draft, folder)
+def _padded(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Lay tokens that lie end to end out as texts: [tokens, ...] to [texts, length, ...]."""
+    padded = torch.zeros(*mask.shape, *tokens.shape[1:], device=mask.device)
+    padded[mask] = tokens.to(mask.device).float()
+    return padded
+
+
+def _layer_count(checkpoint: Path) -> int:
+    return int(transformers.AutoConfig.from_pretrained(checkpoint).num_hidden_layers)
+
+
+def _encoding(folder: Path) -> dict[str, Any]:
+    """All that decides how a tokenizer encodes; where it cuts and what it pads is up to the caller."""
+    described: dict[str, Any] = json.loads(load_tokenizer(folder).backend_tokenizer.to_str())
+    return {name: value for name, value in described.items() if name not in ("truncation", "padding")}

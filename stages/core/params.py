@@ -235,24 +235,45 @@ class FinetuneParams(Section):
     optimizer: OptimizerParams
 
 
+class AugmentationParams(Section):
+    """The task's training texts with some tokens guessed anew by the pretrained language model (TinyBERT, 1909.10351).
+
+    Worth no more than what that model can guess: train it with `pretrain.steps`, or take a checkpoint whose
+    masked-language head was trained.
+    """
+
+    copies: Count
+    """Variants of every training text; 0 for none."""
+    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Chance of a token being guessed anew; at least one of every text is."""
+    candidates: Number
+    """The new token is drawn among so many likeliest ones, by their probability."""
+
+
 class TransferParams(Section):
-    """Unlabelled text from the corpus that the student learns from beside the task's own (TinyBERT, 1909.10351)."""
+    """Unlabelled text that the student learns from beside the task's own (TinyBERT, 1909.10351)."""
 
     texts: Count
-    """At most so many; 0 uses the task's training texts alone."""
+    """At most so many of the corpus; 0 for none."""
     pattern: str
     """Regular expression that a corpus text must contain; "." takes any."""
+    augmentation: AugmentationParams
 
 
 class DistillWeights(Section):
-    """Weights of the terms of the loss."""
+    """Weights of the terms of the loss; a term of weight 0 costs nothing."""
 
     soft: NotNegative
-    """Kullback-Leibler divergence from the teacher at the temperature (Hinton et al., 1503.02531)."""
+    """Kullback-Leibler divergence from the teachers at the temperature (Hinton et al., 1503.02531)."""
     hard: NotNegative
     """Cross-entropy with the true labels, where there are any."""
     hidden: NotNegative
-    """Mean squared error of the hidden states after each kept layer."""
+    """Mean squared error of the hidden states after each layer, through a learnt projection where the student's are
+    narrower (1909.10351)."""
+    attention: NotNegative
+    """Divergence of the attention maps of each layer (1909.10351); student and teacher need equal head counts."""
+    relations: NotNegative
+    """Divergence of the query, key and value relations of the student's last layer (MiniLMv2, 2012.15828)."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
@@ -261,22 +282,77 @@ class DistillWeights(Section):
         return self
 
 
-class DistillParams(Section):
-    """A student of chosen teacher layers, taught by the teacher."""
+class RelationParams(Section):
+    """MiniLMv2's relations (2012.15828)."""
 
+    layer: Count
+    """Teacher layer they come from, counted from 0: the last, or an upper middle one of a large teacher."""
+    heads: Number
+    """Relation heads; must divide heads times head size of both layers. A divisor of the head size fits any pruning."""
+
+
+class LayersStudent(Section):
+    """Chosen layers of the teacher (DistilBERT, 1910.01108; choice of layers as in 2004.03844)."""
+
+    kind: Literal["layers"]
     layers: Annotated[list[Count], Field(min_length=1)]
-    """Teacher layers the student starts from, counted from 0, ascending."""
-    temperature: Positive
-    weights: DistillWeights
-    transfer: TransferParams
-    epochs: Number
-    optimizer: OptimizerParams
+    """Counted from 0, ascending."""
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
         if self.layers != sorted(set(self.layers)):
             raise ValueError("layers must ascend, each once")
         return self
+
+
+class NarrowStudent(Section):
+    """A new model of the teacher's family; only its embeddings start from the teacher's, projected."""
+
+    kind: Literal["narrow"]
+    layers: Number
+    hidden: Number
+    """Width of the hidden states."""
+    heads: Number
+    """Attention heads of a layer."""
+    neurons: Number
+    """Feed-forward neurons of a layer."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} must be a multiple of heads {self.heads}")
+        return self
+
+
+class CheckpointStudent(Section):
+    """Any checkpoint with the tokenizer of the data; where it has no head for the labels it gets a new one."""
+
+    kind: Literal["checkpoint"]
+    path: str
+    """Folder, relative to the project."""
+
+
+StudentParams = Annotated[LayersStudent | NarrowStudent | CheckpointStudent, Field(discriminator="kind")]
+
+
+class DistillParams(Section):
+    """A student taught by the fine-tuned model."""
+
+    student: StudentParams
+    teachers: list[str]
+    """Folders of further fine-tuned checkpoints, such as copies of artifacts/finetune/model made with other seeds;
+    what the student's soft labels come from is the mean of all teachers' probabilities at the temperature."""
+    temperature: Positive
+    weights: DistillWeights
+    relations: RelationParams
+    transfer: TransferParams
+    epochs: Number
+    optimizer: OptimizerParams
+
+    def checkpoints(self) -> dict[str, str]:
+        """Folders outside the graph that decide the result, by the name of the param."""
+        found = {f"distill.teachers[{index}]": path for index, path in enumerate(self.teachers)}
+        return found | ({"distill.student": self.student.path} if self.student.kind == "checkpoint" else {})
 
 
 class SparsityParams(Section):
@@ -529,9 +605,10 @@ def _explain(problem: dict[str, Any], raw: object, where: str) -> str:
 
 def _name_in_file(location: Sequence[str | int], raw: object) -> str:
     """Name a place as the file writes it, without the tags of unions that pydantic adds: `acquire.corpus[0].format`."""
-    name, here = "", raw
+    name, here, tagged = "", raw, False
     for part in location:
-        if isinstance(here, dict) and part not in here and part == here.get("kind"):
+        tagged = not tagged and isinstance(here, dict) and part == here.get("kind")
+        if tagged:
             continue
         name += f"[{part}]" if isinstance(part, int) else f".{part}"
         if isinstance(here, dict):
@@ -570,10 +647,11 @@ def _fields_at(location: list[str]) -> list[str]:
 
 
 def _children(model: type[BaseModel], part: str) -> list[Any]:
+    tag = model.model_fields.get("kind")
+    if part.isdigit() or (tag is not None and f"'{part}'" in str(tag.annotation)):
+        return [model]  # a list index, or the tag of a union, which pydantic adds to the location
     if part not in model.model_fields:
-        # A list index, or the tag of a union, which pydantic adds to the location.
-        tag = model.model_fields.get("kind")
-        return [model] if part.isdigit() or (tag is not None and part in str(tag.annotation)) else []
+        return []
     return _models_in(model.model_fields[part].annotation)
 
 

@@ -273,10 +273,14 @@ def _seed(seed: int) -> None:
 
 
 def _state_key(name: str, params: Params, inputs: Mapping[str, Path]) -> str:
-    """Name everything that decides a result: inputs, params and code; resume state of anything else is stale."""
+    """Name everything that decides a result: inputs, params and the checkpoints they name, and code; resume state of
+    anything else is stale.
+    """
     code = [file_sha256(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     sums = [file_sha256(folder / MANIFEST) for folder in inputs.values()]
-    return text_sha256("\n".join([name, params.model_dump_json(exclude={"tracking"}), *sums, *code]))[:16]
+    folders = params.distill.checkpoints().values()
+    named = [file_sha256(path) for folder in folders for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return text_sha256("\n".join([name, params.model_dump_json(exclude={"tracking"}), *sums, *named, *code]))[:16]
 
 
 def _energy_joules() -> float | None:

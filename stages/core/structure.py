@@ -112,7 +112,7 @@ def keep_layers(model: nn.Module, kept: Sequence[int]) -> None:
     """Remove all but the given encoder layers, in place."""
     layers = encoder_layers(model)
     if max(kept) >= len(layers):
-        raise UserError(f"distill.layers: the teacher has layers 0 to {len(layers) - 1}, got {list(kept)}")
+        raise UserError(f"distill.student.layers: the teacher has layers 0 to {len(layers) - 1}, got {list(kept)}")
     _body(model).encoder.layer = nn.ModuleList([layers[index] for index in kept])
     config: Any = model.config
     config.num_hidden_layers = len(kept)

@@ -15,11 +15,12 @@ from torch.nn import functional
 from stages.core.checkpoints import count_parameters, extend_lineage, load_tokenizer, save_model
 from stages.core.errors import UserError
 from stages.core.examples import load_dataset
+from stages.core.masked_language import chosen_logits
 from stages.core.stage import StageRun, command
 from stages.core.tensors import to_device
 from stages.core.training import Batch, Recipe, train
 from stages.pretrain.masking import mask_tokens
-from stages.pretrain.model import build_model, chosen_logits, leftover_tensors
+from stages.pretrain.model import build_model, leftover_tensors
 
 _HELDOUT_SEED = 0
 

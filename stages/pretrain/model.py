@@ -37,14 +37,6 @@ def build_model(checkpoint: Path, vocabulary: int, pad_id: int) -> nn.Module:
     return fresh
 
 
-def chosen_logits(model: Any, seen: Tensor, chosen: Tensor) -> Tensor:
-    """Logits [chosen, vocabulary] at the chosen positions only; the head is by far the dearest part."""
-    body = getattr(model, model.base_model_prefix)
-    hidden = body(input_ids=seen, attention_mask=torch.ones_like(seen)).last_hidden_state
-    logits: Tensor = _head(model)(hidden[chosen])
-    return logits
-
-
 def leftover_tensors(checkpoint: Path, model: Any) -> dict[str, Tensor]:
     """Tensors of the checkpoint that the language model lacks, named as it would name them."""
     path = checkpoint / WEIGHTS_FILE
@@ -54,14 +46,3 @@ def leftover_tensors(checkpoint: Path, model: Any) -> dict[str, Tensor]:
     found = safetensors.torch.load_file(path)
     named = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in found.items()}
     return {name: tensor for name, tensor in named.items() if name not in known and "position_ids" not in name}
-
-
-def _head(model: Any) -> nn.Module:
-    """The part that turns hidden states into logits; each family has its own name for it."""
-    for name in ("cls", "lm_head", "predictions"):
-        if hasattr(model, name):
-            head: nn.Module = getattr(model, name)
-            return head
-    raise UserError(
-        f"model_type {model.config.model_type}: its masked-language head is not known here; set pretrain.steps to 0"
-    )

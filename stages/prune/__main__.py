@@ -44,7 +44,7 @@ def run_prune(run: StageRun) -> dict[str, Any]:
             if lesson is not None:
                 recovery = params.recovery
                 recipe = distillation_recipe(
-                    model, task, lesson, range(len(lesson.teacher.hidden)), validation, recovery.optimizer,
+                    model, task, lesson, range(lesson.layers), validation, recovery.optimizer,
                     recovery.epochs, run,
                 )  # fmt: skip
                 train(model, recipe, run, f"recover-{index + 1}")

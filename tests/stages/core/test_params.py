@@ -97,6 +97,7 @@ def test_all_mistakes_are_reported_together_a_line_each() -> None:
         ("acquire.data.format", "cvs", "acquire.data.format: got 'cvs'; did you mean csv?"),
         ("prune.saliency", "second", "prune.saliency: got 'second'; did you mean second_order?"),
         ("finetune.optimizer.learning_rat", 1.0, "finetune.optimizer.learning_rat: unknown name; did you mean lear"),
+        ("distill.student.layer", [0], "distill.student.layer: unknown name; did you mean layers?"),
         ("trakcing", {}, "trakcing: unknown name; did you mean tracking?"),
     ],
 )
@@ -108,10 +109,16 @@ def test_the_nearest_valid_name_is_offered_at_the_place_the_file_has_it(path: st
     ("path", "value", "message"),
     [
         ("clean.minimum_characters", 5000, "clean: minimum_characters must not exceed maximum_characters"),
-        ("distill.layers", [2, 0], "distill: layers must ascend, each once"),
-        ("distill.layers", [0, 0], "distill: layers must ascend, each once"),
-        ("distill.layers", [], "distill.layers: List should have at least 1 item"),
-        ("distill.weights", {"soft": 0.0, "hard": 0.0, "hidden": 1.0}, "soft and hard must not both be 0"),
+        ("distill.student.layers", [2, 0], "distill.student: layers must ascend, each once"),
+        ("distill.student.layers", [0, 0], "distill.student: layers must ascend, each once"),
+        ("distill.student.layers", [], "distill.student.layers: List should have at least 1 item"),
+        ("distill.student", {"kind": "narow"}, "distill.student.kind: got 'narow'; did you mean narrow?"),
+        (
+            "distill.student",
+            {"kind": "narrow", "layers": 2, "hidden": 100, "heads": 12, "neurons": 400},
+            "distill.student: hidden 100 must be a multiple of heads 12",
+        ),
+        ("distill.weights", dict.fromkeys(DEFAULT["distill"]["weights"], 0.0), "soft and hard must not both be 0"),
         ("tokenize.tokenizer", {"kind": "bpe", "vocabulary_size": 999, "lowercase": True}, "trains a new vocabulary"),
         ("acquire.checkpoint", {"kind": "scratch", "config": {}}, "scratch has no tokenizer"),
     ],
@@ -139,7 +146,10 @@ def test_values_must_fit_each_other(path: str, value: object, message: str) -> N
         ("evaluate.latency.batch_sizes", []),
         ("evaluate.latency.batch_sizes", [8, 0]),
         ("evaluate.confidence", 95),
-        ("distill.layers", "012"),
+        ("distill.student.layers", "012"),
+        ("distill.teachers", "somewhere"),
+        ("distill.relations.heads", 0),
+        ("distill.transfer.augmentation.mask_probability", 0.0),
     ],
 )
 def test_values_out_of_range_or_of_another_type_are_refused(path: str, value: object) -> None:

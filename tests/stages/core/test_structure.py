@@ -62,7 +62,7 @@ def test_layers_are_dropped(model: torch.nn.Module) -> None:
 
 
 def test_a_layer_that_is_not_there_is_named(model: torch.nn.Module) -> None:
-    with pytest.raises(UserError, match=r"distill.layers: the teacher has layers 0 to 1, got \[0, 2\]"):
+    with pytest.raises(UserError, match=r"distill.student.layers: the teacher has layers 0 to 1, got \[0, 2\]"):
         keep_layers(model, [0, 2])
 
 

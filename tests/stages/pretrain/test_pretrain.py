@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM
 
+from stages.core.masked_language import chosen_logits
 from stages.pretrain.masking import mask_tokens
-from stages.pretrain.model import chosen_logits
 
 SPECIAL = torch.tensor([0, 2, 3, 4])
 
