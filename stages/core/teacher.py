@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -250,8 +251,9 @@ def _tensor(part: Path, name: str) -> Tensor:
 
 def _forget_unused(used: set[Path]) -> None:
     """Remove the parts unused for the longest until the cache is under its limit; those just used stay."""
+    now = time.time_ns()  # the system's own stamp is too coarse
     for part in used:
-        os.utime(part)
+        os.utime(part, ns=(now, now))
     parts = {path: _size(path) for path in CACHE.glob("*/*") if path.is_dir()}
     excess = sum(parts.values()) - CACHE_BYTES
     for part in sorted(parts.keys() - used, key=lambda path: path.stat().st_mtime_ns):

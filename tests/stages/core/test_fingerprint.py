@@ -14,6 +14,7 @@ from stages.core.artifacts import file_sha256, read_json
 
 PROJECT = Path(__file__).parents[3]
 OUT = Path("artifacts/fingerprint")
+FILES = ("hardware.json", "sources.json", "checkpoints.json")
 
 
 @pytest.fixture
@@ -55,11 +56,30 @@ def test_sources_inside_lists_are_found(raw: dict[str, Any]) -> None:
     assert entry == {"path": "mine/train.csv", "files": {"train.csv": file_sha256(Path("mine/train.csv"))}}
 
 
+def test_checkpoints_that_distillation_names_are_summed_apart_from_the_sources(raw: dict[str, Any]) -> None:
+    assert run(raw) == 0
+    assert read_json(OUT / "checkpoints.json") == {}
+    sources = (OUT / "sources.json").read_bytes()
+    raw["distill"]["teachers"] = ["mine/more", "nowhere"]
+    raw["distill"]["student"] = {"kind": "checkpoint", "path": "mine/more"}
+    assert run(raw) == 0
+    entry = {"path": "mine/more", "files": {"test.csv": file_sha256(Path("mine/more/test.csv"))}}
+    assert read_json(OUT / "checkpoints.json") == {
+        "distill.teachers[0]": entry,
+        "distill.teachers[1]": {"path": "nowhere", "missing": True},
+        "distill.student": entry,
+    }
+    assert (OUT / "sources.json").read_bytes() == sources
+    Path("mine/more/test.csv").write_text("text,label\nc,d\n")
+    assert run(raw) == 0
+    assert read_json(OUT / "checkpoints.json")["distill.student"] != entry
+
+
 def test_an_unchanged_machine_leaves_the_files_alone(raw: dict[str, Any]) -> None:
     assert run(raw) == 0
-    before = [(OUT / name).stat().st_mtime_ns for name in ("hardware.json", "sources.json")]
+    before = [(OUT / name).stat().st_mtime_ns for name in FILES]
     assert run(raw) == 0
-    assert before == [(OUT / name).stat().st_mtime_ns for name in ("hardware.json", "sources.json")]
+    assert before == [(OUT / name).stat().st_mtime_ns for name in FILES]
 
 
 def test_a_change_of_the_same_size_is_seen(raw: dict[str, Any]) -> None:
