@@ -141,11 +141,11 @@ def build_lesson(
     tokenizer, pad_id, maximum_length = load_tokenizer(data / "tokenizer"), load_pad_id(data), load_maximum_length(data)
     labelled = load_examples(data, "train")
     examples = add_transfer_texts(labelled, corpus, params.transfer, tokenizer, maximum_length, seed)
-    if language_model is not None:
-        examples = add_augmented_texts(
-            examples, labelled, params.transfer.augmentation, language_model, tokenizer, seed
-        )
     precision = params.optimizer.precision
+    if language_model is not None:
+        augmentation = params.transfer.augmentation
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            examples = add_augmented_texts(examples, labelled, augmentation, language_model, tokenizer, seed)
     outputs = teacher_outputs(teacher, examples.input_ids, recorded, precision)
     others = [teacher_outputs(Path(path), examples.input_ids, Recorded(), precision) for path in params.teachers]
     logits = average_logits([outputs.logits, *(other.logits for other in others)], params.temperature)

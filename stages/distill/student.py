@@ -84,12 +84,15 @@ def _embedding_tables(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _from_checkpoint(folder: Path, task: Task, labels: Sequence[str]) -> nn.Module:
-    """Load a classifier that a stage wrote as it is; put a head on anything else."""
+    """Load a classifier that a stage wrote as it is, whatever its widths; put a head on anything else."""
     config = transformers.AutoConfig.from_pretrained(folder)
     classifies = str((config.architectures or [""])[0]).endswith("ForSequenceClassification")
-    if not classifies or labels_of(folder) != list(labels):
-        return _with_head(folder, task, labels)
-    return load_model(folder) if (folder / HEADROOM_FILE).exists() else _with_head(folder, task, labels)
+    own = labels_of(folder)
+    if classifies and len(own) == len(labels) and set(own) == set(labels) and own != list(labels):
+        raise UserError(f"distill.student: {folder} knows the labels {own}, the data has {list(labels)}")
+    if classifies and own == list(labels) and (folder / HEADROOM_FILE).exists():
+        return load_model(folder)
+    return _with_head(folder, task, labels)
 
 
 def _with_head(folder: Path, task: Task, labels: Sequence[str]) -> nn.Module:
