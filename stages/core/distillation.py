@@ -147,7 +147,8 @@ def build_lesson(
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             examples = add_augmented_texts(examples, labelled, augmentation, language_model, tokenizer, seed)
     outputs = teacher_outputs(teacher, examples.input_ids, recorded, precision)
-    others = [teacher_outputs(Path(path), examples.input_ids, Recorded(), precision) for path in params.teachers]
+    further = params.teachers if params.weights.soft else []
+    others = [teacher_outputs(Path(path), examples.input_ids, Recorded(), precision) for path in further]
     logits = average_logits([outputs.logits, *(other.logits for other in others)], params.temperature)
     widths = read_json(teacher / HEADROOM_FILE)["widths"]
     heads = [widths[layer]["heads"] for layer in recorded.attention]
