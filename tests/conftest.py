@@ -121,7 +121,7 @@ def worse_unit(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter += 0.6 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+                parameter += 2.0 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     folder = tmp_path_factory.mktemp("worse") / "model"
     _export(model, tiny_checkpoint, folder)
     return folder

@@ -5,7 +5,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy
 import onnx
@@ -14,11 +15,16 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
+from stages.cascade.__main__ import run_cascade
 from stages.cascade.cost import multiplied_weights
 from stages.core.artifacts import read_json, verify, write_json, write_manifest
 from stages.core.cascade import CascadeModel, load_exported, passed_on
+from stages.core.errors import UserError
 from stages.core.metrics import score
+from stages.core.observe.tracking import RunRecord
+from stages.core.params import load_params
 from stages.core.runtimes import ExportedModel, open_runtime, predict
+from stages.core.stage import StageRun
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -80,39 +86,43 @@ def test_the_unit_holds_both_models_and_a_threshold_that_loses_nothing(project: 
     assert read_json(out / "model" / "cascade.json")["chosen_on"]["passed_on"] == chosen["passed_on"]
 
 
+def run_here(project: Path) -> StageRun:
+    """Run the stage's body in this process, without the contract around it."""
+    inputs = {role: project / role for role in ("small", "large", "data")}
+    record = cast(RunRecord, SimpleNamespace(log=lambda *_: None))
+    staging = project / "staging"
+    run = StageRun("cascade", load_params(project / "params.yaml"), inputs, staging, project / "state", record)
+    run_cascade(run)
+    return run
+
+
 def test_the_trade_off_has_a_row_per_threshold_and_one_that_was_taken(project: Path) -> None:
     set_params(project, tolerated_loss=0.1)
-    assert run_stage(project).returncode == 0
-    table = pandas.read_csv(project / "artifacts/cascade/trade_off.csv")
+    staging = run_here(project).staging
+    table = pandas.read_csv(staging / "trade_off.csv")
     assert table["passed_on"].is_monotonic_increasing
     assert (table["passed_on"].iloc[0], table["passed_on"].iloc[-1]) == (0.0, 1.0)
     assert table["chosen"].sum() == 1
     row = table[table["chosen"]].iloc[0]
-    assert row["threshold"] == read_json(project / "artifacts/cascade/metrics.json")["chosen"]["threshold"]
+    assert row["threshold"] == read_json(staging / "model" / "cascade.json")["threshold"]
     assert row["admissible"]
     assert table["cost"].iloc[0] == pytest.approx(1.0)  # both models are equally large
     assert table["cost"].iloc[-1] == 1.0
 
 
-def test_turned_off_the_small_model_answers_everything(project: Path) -> None:
+def test_turned_off_the_small_model_answers_everything(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
     set_params(project, enabled=False)
-    done = run_stage(project)
-    assert done.returncode == 0, done.stderr
-    assert "the small model answers everything" in done.stderr
-    model = load_exported(project / "artifacts/cascade")
-    assert isinstance(model, CascadeModel)
-    assert model.threshold == 0.0
+    run = run_here(project)
+    assert "the small model answers everything" in capfd.readouterr().err
+    assert read_json(run.staging / "model" / "cascade.json")["threshold"] == 0.0
 
 
-def test_models_of_other_labels_are_refused_in_one_line(project: Path) -> None:
+def test_models_of_other_labels_are_refused(project: Path) -> None:
     path = project / "small" / "headroom.json"
     write_json(path, {**read_json(path), "labels": ["animal", "number", "planet"]})
     write_manifest(project / "small")
-    done = run_stage(project)
-    assert done.returncode == 2
-    assert "has labels animal, number, planet" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (project / "artifacts/cascade").exists()
+    with pytest.raises(UserError, match="has labels animal, number, planet"):
+        run_here(project)
 
 
 def test_only_matrices_that_tokens_are_multiplied_with_cost(tmp_path: Path) -> None:
