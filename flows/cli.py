@@ -123,7 +123,10 @@ def schedule(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="Folder of an exported model, such as artifacts/export/quantize.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder of an exported model, such as artifacts/export/quantize."),
+    ],
     source: Annotated[str, typer.Argument(metavar="INPUT", help="CSV, TSV, JSONL, Parquet or text file; - for stdin.")],
     output: Annotated[str, typer.Option("--output", "-o", help="File to write; - for stdout.")] = "-",
     text_column: Annotated[str | None, typer.Option(help="Column that holds the texts.")] = None,

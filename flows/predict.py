@@ -1,4 +1,4 @@
-"""`headroom predict`: classify the rows of a table with an exported model.
+"""`headroom predict`: classify the rows of a table with an exported model or a cascade.
 
 Rows come out as they went in, in order, with two more columns: `label` and `score`, the probability of that label.
 An empty or missing text is a text like any other and gets its answer too.
@@ -22,7 +22,7 @@ from stages.core.observe.progress import say, track
 if TYPE_CHECKING:
     import pandas
 
-    from stages.core.runtimes import ExportedModel, Runtime
+    from stages.core.cascade import Exported, ExportedRuntime
 
 STANDARD_STREAM = "-"
 
@@ -44,7 +44,7 @@ def run_predict(
     """Classify every row of `input` and write the rows with `label` and `score` to `output`, whole or not at all.
 
     Args:
-        model: an exported model, as a folder of the export stage or its `model/`.
+        model: an exported model or a cascade, as a folder of its stage or the `model/` inside.
         input: a file in one of the formats of `stages.core.tables`, or `-` for stdin, which holds lines of text
             unless `input_format` says otherwise.
         output: a file whose name tells the format, or `-` for stdout in the input's format, csv for plain lines.
@@ -57,7 +57,7 @@ def run_predict(
     Raises:
         UserError: if the model, the input or an option cannot be used.
     """
-    from stages.core.runtimes import ExportedModel, open_runtime
+    from stages.core.cascade import load_exported, open_exported
     from stages.core.tables import table_format
 
     format = input_format or ("txt" if input == STANDARD_STREAM else table_format(Path(input)))
@@ -65,7 +65,7 @@ def run_predict(
         output_format = "jsonl" if json_ else {"txt": "csv"}.get(format, format)
     else:
         output_format = _writable_format(Path(output))
-    exported = ExportedModel.load(model)
+    exported = load_exported(model)
     measured_runtime, measured_size = _fastest(exported.folder)
     name, size = runtime or measured_runtime, batch_size or measured_size
     if size < 1:
@@ -74,7 +74,7 @@ def run_predict(
     column = _text_column(frame, text_column, input)
     texts = _texts(frame, column, input)
     started = time.monotonic()
-    engine = open_runtime(name, exported, goal="throughput")
+    engine = open_exported(name, exported, goal="throughput")
     labels, scores = classify(exported, engine, texts, size)
     seconds = time.monotonic() - started
     _add(frame, labels, scores)
@@ -87,15 +87,15 @@ def run_predict(
 
 
 def classify(
-    model: ExportedModel, runtime: Runtime, texts: Sequence[str], batch_size: int
+    model: Exported, runtime: ExportedRuntime, texts: Sequence[str], batch_size: int
 ) -> tuple[list[str], list[float]]:
     """Return the label and its probability of every text, in order."""
-    from stages.core.runtimes import predict
+    from stages.core.cascade import predict_exported
 
     labels: list[str] = []
     scores: list[float] = []
     for start in track(range(0, len(texts), _CHUNK), f"predict, {_CHUNK} texts each"):
-        indices, probabilities = predict(model, runtime, texts[start : start + _CHUNK], batch_size)
+        indices, probabilities = predict_exported(model, runtime, texts[start : start + _CHUNK], batch_size)
         labels += [model.labels[index] for index in indices.tolist()]
         scores += [round(float(score), _DIGITS) for score in probabilities.max(axis=1)]
     return labels, scores
@@ -104,13 +104,15 @@ def classify(
 def _fastest(folder: Path) -> tuple[str, int]:
     """Runtime and batch size of the highest throughput that `evaluate` measured for the model in `folder`, if it did.
 
-    Only for models inside `artifacts/export/<variant>`; a runtime that is not installed here does not count.
+    Only for models inside `artifacts/export/<variant>` and `artifacts/cascade`; a runtime that is not installed here
+    does not count.
     """
     from stages.core.runtimes import REFERENCE_RUNTIME, available_runtimes
 
     variant = folder.resolve().parent if folder.name == "model" else folder.resolve()
-    metrics = variant.parents[1] / "evaluate" / variant.name / "metrics.json"
-    if variant.parent.name != "export" or not metrics.exists():
+    exported = variant.parent.name == "export"
+    metrics = variant.parents[1 if exported else 0] / "evaluate" / variant.name / "metrics.json"
+    if not (exported or variant.name == "cascade") or not metrics.exists():
         return REFERENCE_RUNTIME, _BATCH_SIZE
     best = read_json(metrics)["best"]
     if best["throughput_runtime"] not in available_runtimes():

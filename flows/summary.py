@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flows.graph import Stage
 from stages.core.artifacts import ARTIFACTS, read_json
-from stages.core.ladder import CHAIN, LadderRow, headline, ladder_rows, points, times
+from stages.core.ladder import VARIANTS, LadderRow, headline, ladder_rows, points, times
 
 StageStatus = Literal["ran", "cached", "refused", "failed", "interrupted", "skipped"]
 RunStatus = Literal["done", "refused", "failed", "interrupted"]
@@ -53,7 +53,7 @@ def read_ladder() -> list[LadderRow]:
     Raises:
         UserError: if an evaluation lacks a value.
     """
-    found = {name: ARTIFACTS / "evaluate" / name / "metrics.json" for name in CHAIN}
+    found = {name: ARTIFACTS / "evaluate" / name / "metrics.json" for name in VARIANTS}
     metrics = {name: read_json(path) for name, path in found.items() if path.exists()}
     return ladder_rows(metrics) if metrics else []
 

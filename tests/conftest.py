@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from stages.core.artifacts import write_json, write_manifest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LABELS = ["animal", "number", "place"]
 WORDS = {
@@ -98,14 +102,39 @@ def tiny_checkpoint(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def exported_unit(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unit of the checkpoint's ONNX export. Tests must not change it; copy it with `exported_copy`."""
-    from stages.core.checkpoints import copy_tokenizer, count_parameters, load_model
-    from stages.core.onnx_graph import export_onnx
+    from stages.core.checkpoints import load_model
+
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    _export(load_model(tiny_checkpoint), tiny_checkpoint, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def worse_unit(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of the checkpoint with noise in its weights: a model that is often wrong or unsure."""
+    import torch
+
+    from stages.core.checkpoints import load_model
 
     model = load_model(tiny_checkpoint)
-    folder = tmp_path_factory.mktemp("exported") / "model"
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter += 2.0 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("worse") / "model"
+    _export(model, tiny_checkpoint, folder)
+    return folder
+
+
+def _export(model: nn.Module, tokenizer: Path, folder: Path) -> None:
+    """Write the unit that the export stage makes of a model."""
+    from stages.core.checkpoints import copy_tokenizer, count_parameters
+    from stages.core.onnx_graph import export_onnx
+
     folder.mkdir()
     export_onnx(model, folder / "model.onnx", ["input_ids", "attention_mask"], "logits", opset=20)
-    copy_tokenizer(tiny_checkpoint, folder)
+    copy_tokenizer(tokenizer, folder)
     description = {
         "task": "text-classification",
         "labels": LABELS,
@@ -118,6 +147,23 @@ def exported_unit(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
         "lineage": [{"stage": "finetune"}, {"stage": "export"}],
     }
     write_json(folder / "headroom.json", description)
+    write_manifest(folder)
+
+
+@pytest.fixture(scope="session")
+def cascade_unit(worse_unit: Path, exported_unit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cascade of the worse model and the good one that passes on about half of the texts; not to be changed."""
+    import numpy
+
+    from stages.core.cascade import CASCADE_FILE, confidence_of
+    from stages.core.runtimes import ExportedModel, open_runtime, predict
+
+    folder = tmp_path_factory.mktemp("cascade") / "model"
+    shutil.copytree(worse_unit, folder / "small")
+    shutil.copytree(exported_unit, folder / "large")
+    small = ExportedModel.load(worse_unit)
+    confidence = confidence_of(predict(small, open_runtime("onnxruntime-cpu", small), tiny_texts(90)[0], 16)[1])
+    write_json(folder / CASCADE_FILE, {"threshold": float(numpy.median(confidence))})
     write_manifest(folder)
     return folder
 

@@ -19,10 +19,12 @@ import pytest
 from stages.core.artifacts import digest, verify
 
 PROJECT = Path(__file__).parents[1]
-VARIANTS = ["finetune", "distill", "prune", "quantize"]
+VARIANTS = ["finetune", "distill", "prune", "quantize", "quantize_finetuned"]
 STAGES = [
     *["fingerprint", "acquire", "clean", "tokenize", "pretrain", *VARIANTS],
-    *[f"{stage}@{variant}" for stage in ("export", "evaluate") for variant in VARIANTS],
+    *[f"export@{variant}" for variant in VARIANTS],
+    "cascade",
+    *[f"evaluate@{variant}" for variant in (*VARIANTS, "cascade")],
     *["deploy_check", "report", "register"],
 ]
 pytestmark = pytest.mark.timeout(1800)
@@ -104,7 +106,7 @@ def test_the_model_learned_and_shrank(repository: Repository) -> None:
 
 def test_the_page_tells_the_ladder(repository: Repository) -> None:
     page = (repository.folder / "artifacts/report/report.html").read_text()
-    for word in ("finetune", "distill", "prune", "quantize", "absent"):
+    for word in ("finetune", "distill", "prune", "quantize", "cascade", "absent"):
         assert word in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 

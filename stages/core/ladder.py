@@ -16,7 +16,22 @@ from stages.core.errors import UserError
 
 CHAIN = ("finetune", "distill", "prune", "quantize")
 """Variants in the order in which each is made from the one before."""
-TITLES = {"finetune": "fine-tuned", "distill": "distilled", "prune": "pruned", "quantize": "quantized"}
+VARIANTS = (*CHAIN, "quantize_finetuned", "cascade")
+"""Every model that is evaluated: the chain, then what stands beside it."""
+PARENTS = {
+    **dict(zip(CHAIN[1:], CHAIN, strict=False)),
+    "quantize_finetuned": "finetune",
+    "cascade": "quantize_finetuned",
+}
+"""Which variant one is made from; a cascade is held against its larger model, whose answers it stands for."""
+TITLES = {
+    "finetune": "fine-tuned",
+    "distill": "distilled",
+    "prune": "pruned",
+    "quantize": "quantized",
+    "quantize_finetuned": "quantized only",
+    "cascade": "cascade",
+}
 """What people call a variant."""
 NAIVE = "naive PyTorch"
 FAIR = "fair PyTorch"
@@ -92,7 +107,7 @@ class LadderRow:
 
 
 def ladder_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[LadderRow]:
-    """Compute the ladder: the naive and the fair baseline, then every variant in the order of the chain.
+    """Compute the ladder: the naive and the fair baseline, the chain in its order, then what stands beside it.
 
     Args:
         metrics: contents of `artifacts/evaluate/<variant>/metrics.json` by variant.
@@ -100,14 +115,15 @@ def ladder_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[LadderRow]:
     Raises:
         UserError: if there is no variant, one is unknown, or one lacks a value.
     """
-    unknown = sorted(set(metrics) - set(CHAIN))
+    unknown = sorted(set(metrics) - set(VARIANTS))
     if unknown or not metrics:
-        raise UserError(f"ladder: {unknown or 'no variant'}: expected some of {', '.join(CHAIN)}")
-    measured = [_Evaluation(name, metrics[name]) for name in CHAIN if name in metrics]
-    rows: list[LadderRow] = []
+        raise UserError(f"ladder: {unknown or 'no variant'}: expected some of {', '.join(VARIANTS)}")
+    measured = [_Evaluation(name, metrics[name]) for name in VARIANTS if name in metrics]
+    rows: dict[str, LadderRow] = {}
     for evaluation in measured:
-        rows.append(_variant(evaluation, rows[-1] if rows else None))
-    return [*_baselines(measured, rows), *rows]
+        parent = _measured_parent(evaluation.variant, rows)
+        rows[evaluation.variant] = _variant(evaluation, rows[parent] if parent else None)
+    return [*_baselines(measured, list(rows.values())), *rows.values()]
 
 
 def fastest_within_floor(rows: Sequence[LadderRow]) -> LadderRow | None:
@@ -179,6 +195,14 @@ class _Evaluation:
 
     def gain(self, name: str) -> Gain:
         return Gain(*(self.value("speedup", name, which) for which in ("median", "low", "high")))
+
+
+def _measured_parent(variant: str, rows: Mapping[str, LadderRow]) -> str | None:
+    """The nearest variant above this one that was measured."""
+    parent = PARENTS.get(variant)
+    while parent is not None and parent not in rows:
+        parent = PARENTS.get(parent)
+    return parent
 
 
 def _variant(evaluation: _Evaluation, parent: LadderRow | None) -> LadderRow:

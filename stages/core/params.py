@@ -419,6 +419,18 @@ class ExportParams(Section):
     """The same for a quantized model, where one rounding step more or less may pass through many layers."""
 
 
+class CascadeParams(Section):
+    """The small model answers where it is sure, the larger one the rest (FrugalGPT, 2305.05176)."""
+
+    enabled: bool
+    """false: the small model answers everything."""
+    tolerated_loss: Fraction
+    """Validation score that the cascade may lose against the larger model alone."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
+    """Of the paired bootstrap interval whose lower end must be within the tolerated loss."""
+    bootstrap_samples: Number
+
+
 class LatencyParams(Section):
     """How speed is measured."""
 
@@ -512,6 +524,7 @@ class Params(Section):
     prune: PruneParams
     quantize: QuantizeParams
     export: ExportParams
+    cascade: CascadeParams
     evaluate: EvaluateParams
     deploy_check: DeployCheckParams
     tracking: TrackingParams

@@ -220,13 +220,19 @@ def predict(model: ExportedModel, runtime: Runtime, texts: Sequence[str], batch_
     Returns:
         label indices, int64 [texts], and probabilities, float32 [texts, labels], in the order of the texts.
     """
-    rows = model.encode(texts)
+    return predict_rows(model, runtime, model.encode(texts), batch_size)
+
+
+def predict_rows(
+    model: ExportedModel, runtime: Runtime, rows: Sequence[Sequence[int]], batch_size: int
+) -> tuple[Array, Array]:
+    """Classify texts that are token ids already; see `predict`."""
     order = length_batches([len(row) for row in rows], batch_size)
     batches = [pad([rows[index] for index in batch], model.pad_id) for batch in order]
-    logits = numpy.empty((len(texts), len(model.labels)), dtype=numpy.float32)
+    logits = numpy.empty((len(rows), len(model.labels)), dtype=numpy.float32)
     for batch, result in zip(order, runtime.logits_many(batches), strict=True):
         logits[batch] = result
-    if not len(texts):
+    if not len(rows):
         return numpy.empty(0, dtype=numpy.int64), logits
     return logits.argmax(axis=1), softmax(logits)
 

@@ -92,7 +92,9 @@ class StageRun:
 
 
 @contextmanager
-def open_stage(name: str, params: Params, inputs: Mapping[str, Path], out: Path) -> Iterator[StageRun]:
+def open_stage(
+    name: str, params: Params, inputs: Mapping[str, Path], out: Path, section: str | None = None
+) -> Iterator[StageRun]:
     """Wrap one run of a stage; see the module's text. Whatever the body raises leaves the old output as it was.
 
     Args:
@@ -100,6 +102,7 @@ def open_stage(name: str, params: Params, inputs: Mapping[str, Path], out: Path)
         params: the validated params.
         inputs: input folders by role; each must carry a valid manifest.
         out: folder to publish.
+        section: of the params, recorded with the run; None takes the one that is named like the stage.
 
     Raises:
         UserError: if an input is missing or altered, the disk is nearly full, or the stage is already running.
@@ -113,7 +116,7 @@ def open_stage(name: str, params: Params, inputs: Mapping[str, Path], out: Path)
         key = _state_key(name, params, inputs)
         staging = _new_staging(name)
         origins = {role: digest(folder) for role, folder in inputs.items()}
-        record = RunRecord.start(name, params, origins)
+        record = RunRecord.start(name, params, origins, section)
         run = StageRun(name, params, inputs, staging, STATE / name / key, record)
         try:
             yield run
@@ -133,7 +136,7 @@ def command(
     """Run a room from its command line and exit: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted.
 
     Args:
-        name: the stage.
+        name: the stage that the room is named after; `--stage` names another that the room serves as well.
         body: does the work in `run.staging` and returns metrics, written to `metrics.json`.
         inputs: roles of the input folders; each becomes an option, such as `--data`.
         variants: whether the stage is run for several models, told apart by `--variant`.
@@ -144,11 +147,11 @@ def command(
 def _run_command(name: str, body: Callable[[StageRun], dict[str, Any]], inputs: Sequence[str], variants: bool) -> int:
     arguments = _parser(name, inputs, variants).parse_args()
     paths = {role: getattr(arguments, role) for role in inputs}
-    full_name = f"{name}@{arguments.variant}" if variants else name
+    full_name = f"{arguments.stage}@{arguments.variant}" if variants else arguments.stage
     # Ctrl-C and a polite kill end alike: the training loop saves its state, everything else just stops.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with open_stage(full_name, load_params(PARAMS), paths, arguments.out) as run:
+        with open_stage(full_name, load_params(PARAMS), paths, arguments.out, section=name) as run:
             _run_body(run, body)
     except UserError as error:
         for line in str(error).splitlines():
@@ -206,6 +209,7 @@ def _parser(name: str, inputs: Sequence[str], variants: bool) -> argparse.Argume
         parser.add_argument(f"--{role}", type=Path, required=True, help=f"input folder: {role}")
     if variants:
         parser.add_argument("--variant", required=True, help="which model, such as quantize")
+    parser.add_argument("--stage", default=name, help="its name in dvc.yaml where that is not the room's")
     parser.add_argument("--out", type=Path, required=True, help="output folder, replaced as a whole")
     return parser
 

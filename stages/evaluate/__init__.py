@@ -1,8 +1,10 @@
 """How good and how fast an exported model is on this machine, and what that is worth.
 
-In: the exported ONNX model, the fine-tuned PyTorch model it descends from, the tokenized data (test split).
+In: the exported ONNX model, or a cascade of two, the fine-tuned PyTorch model it descends from, the tokenized data
+(test split).
 Out: `metrics.json` (quality, its difference to the fine-tuned model with an interval, speed on ONNX Runtime and
-OpenVINO, size, peak memory, both baselines), `predictions.parquet`, `confusion.csv`, `calibration.csv`.
+OpenVINO, size, peak memory, both baselines, the share of the texts that a cascade passes on), `predictions.parquet`,
+`confusion.csv`, `calibration.csv`.
 
 Quality. Predictions come from ONNX Runtime on the CPU; how often OpenVINO gives the same label is reported beside
 them. The difference to the fine-tuned model is taken on the same texts, with a paired bootstrap interval (Koehn 2004,

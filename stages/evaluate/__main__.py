@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
 
+from stages.core.cascade import (
+    CascadeModel,
+    CascadeRuntime,
+    Exported,
+    ExportedRuntime,
+    load_exported,
+    open_exported,
+    predict_exported,
+    share_passed_on,
+)
 from stages.core.checkpoints import load_model
 from stages.core.errors import UserError
 from stages.core.examples import Examples, load_examples, load_labels
 from stages.core.judging import predict_logits
-from stages.core.runtimes import REFERENCE_RUNTIME, ExportedModel, OpenVino, open_runtime, predict
+from stages.core.runtimes import REFERENCE_RUNTIME, OpenVino
 from stages.core.stage import StageRun, command
 from stages.core.timing import watch_other_load
 from stages.evaluate.baselines import PyTorchService, naive_length, prepare_pytorch
@@ -25,15 +36,16 @@ _NOTEWORTHY_LOAD = 0.1
 def run_evaluate(run: StageRun) -> dict[str, Any]:
     """Measure quality and speed; write the tables; return the metrics."""
     params = run.params.evaluate
-    model = ExportedModel.load(run.inputs["model"])
+    model = load_exported(run.inputs["model"])
     test = _read_test(run, model)
     prepare_pytorch()
     network = load_model(run.inputs["reference"])
     naive = naive_length(params.latency.naive_length, network)
 
     run.say(f"quality on {len(test)} texts")
-    probabilities = predict(model, open_runtime(REFERENCE_RUNTIME, model), test.texts, _BATCH_SIZE)[1]
-    openvino = predict(model, open_runtime(OpenVino.name, model), test.texts, _BATCH_SIZE)[0]
+    runtime = open_exported(REFERENCE_RUNTIME, model)
+    probabilities = predict_exported(model, runtime, test.texts, _BATCH_SIZE)[1]
+    openvino = predict_exported(model, open_exported(OpenVino.name, model), test.texts, _BATCH_SIZE)[0]
     reference = predict_logits(network, test.input_ids, model.pad_id).argmax(dim=1).numpy()
     predictions = probabilities.argmax(axis=1)
     against = compare(predictions, reference, test.labels, run.params.quality, params, run.params.seed)
@@ -50,11 +62,12 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
         **score_quality(probabilities, test.labels, model.labels, params),
         "against_reference": against,
         "size": {"parameters": model.parameters, "model_bytes": model.model_bytes},
+        **_passed_on(model, runtime, test.texts),
         **speed,
     }
 
 
-def _read_test(run: StageRun, model: ExportedModel) -> Examples:
+def _read_test(run: StageRun, model: Exported) -> Examples:
     folder = run.inputs["data"]
     names = tuple(load_labels(folder))
     if names != model.labels:
@@ -63,6 +76,13 @@ def _read_test(run: StageRun, model: ExportedModel) -> Examples:
             f"the model {', '.join(model.labels)}; run `dvc repro` to make both from the same data"
         )
     return load_examples(folder, "test")
+
+
+def _passed_on(model: Exported, runtime: ExportedRuntime, texts: Sequence[str]) -> dict[str, float]:
+    """How much of the work a cascade leaves to its larger model; nothing for a single model."""
+    if isinstance(model, CascadeModel) and isinstance(runtime, CascadeRuntime):
+        return {"passed_on": share_passed_on(model, runtime, texts, _BATCH_SIZE)}
+    return {}
 
 
 def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:

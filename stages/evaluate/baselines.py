@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from stages.core.batches import pad
+from stages.core.cascade import Exported
 from stages.core.checkpoints import logits_of
 from stages.core.hardware import thread_limit
-from stages.core.runtimes import ExportedModel
 
 
 class PyTorchService:
@@ -23,7 +23,7 @@ class PyTorchService:
         length: to pad to; None pads to the longest text in the batch.
     """
 
-    def __init__(self, network: nn.Module, model: ExportedModel, length: int | None):
+    def __init__(self, network: nn.Module, model: Exported, length: int | None):
         self.length = length
         self._network = network
         self._model = model

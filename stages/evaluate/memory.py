@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.core.cascade import load_exported, open_exported, predict_exported
 from stages.core.fresh import answer_request, ask_fresh_process
 from stages.core.hardware import peak_memory_mb
-from stages.core.runtimes import ExportedModel, open_runtime, predict
 
 _SECONDS = 300.0
 
@@ -27,9 +27,9 @@ def serving_memory_mb(model: Path, runtime: str, texts: Sequence[str], batch_siz
 
 
 def _serve(request: dict[str, Any]) -> dict[str, Any]:
-    model = ExportedModel.load(Path(request["model"]))
-    runtime = open_runtime(request["runtime"], model, goal="throughput")
-    predict(model, runtime, request["texts"], request["batch_size"])
+    model = load_exported(Path(request["model"]))
+    runtime = open_exported(request["runtime"], model, goal="throughput")
+    predict_exported(model, runtime, request["texts"], request["batch_size"])
     return {"peak_memory_mb": peak_memory_mb()}
 
 

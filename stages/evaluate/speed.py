@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from stages.core.cascade import Exported, ExportedRuntime, open_exported, predict_exported
 from stages.core.params import LatencyParams
-from stages.core.runtimes import REFERENCE_RUNTIME, ExportedModel, OpenVino, Runtime, open_runtime, predict
+from stages.core.runtimes import REFERENCE_RUNTIME, OpenVino
 from stages.core.timing import interleave, interleave_latency, items_per_second, percentiles, ratios, uncollected
 from stages.evaluate.baselines import PyTorchService
 
@@ -25,7 +26,7 @@ _NAIVE_SINGLES_A_ROUND = 4
 class Contest:
     """What takes part in the measurement."""
 
-    model: ExportedModel
+    model: Exported
     services: Mapping[str, PyTorchService]
     """The baselines, `fair` and `naive`."""
     texts: Sequence[str]
@@ -81,11 +82,11 @@ def measure_speed(contest: Contest) -> dict[str, Any]:
 def _sweep(contest: Contest, name: str) -> dict[int, float]:
     """Texts a second at each batch size, each tried once on a short sample after a run to warm up."""
     model, texts = contest.model, contest.sample(min(_SHORT_TEXTS, contest.params.throughput_texts))
-    runtime = open_runtime(name, model, goal="throughput")
+    runtime = open_exported(name, model, goal="throughput")
     speeds = {}
     with uncollected():
         for size in contest.params.batch_sizes:
-            work = _counting(partial(predict, model, runtime, texts, size), len(texts))
+            work = _counting(partial(predict_exported, model, runtime, texts, size), len(texts))
             work()
             speeds[size] = items_per_second(work)
     return speeds
@@ -96,8 +97,8 @@ def _throughput(contest: Contest, sizes: Mapping[str, int]) -> dict[str, list[fl
     texts, naive_texts = contest.sample(params.throughput_texts), contest.sample(params.naive_texts)
     contenders: dict[str, Callable[[], int]] = {}
     for name in RUNTIMES:
-        runtime = open_runtime(name, contest.model, goal="throughput")
-        work = partial(predict, contest.model, runtime, texts, sizes[name])
+        runtime = open_exported(name, contest.model, goal="throughput")
+        work = partial(predict_exported, contest.model, runtime, texts, sizes[name])
         work()  # OpenVINO prepares each shape when it first sees it, which a service does once in its life
         contenders[name] = _counting(work, len(texts))
     for name, baseline_texts in zip(BASELINES, (texts, naive_texts), strict=True):
@@ -116,7 +117,7 @@ def _latency(contest: Contest) -> dict[str, list[list[float]]]:
     every_length = list({len(row): text for row, text in zip(contest.model.encode(texts), texts, strict=True)}.values())
     contenders: dict[str, tuple[Callable[[str], object], Sequence[str]]] = {}
     for name in RUNTIMES:
-        answer = partial(_answer, contest.model, open_runtime(name, contest.model, goal="latency"))
+        answer = partial(_answer, contest.model, open_exported(name, contest.model, goal="latency"))
         for text in every_length:
             answer(text)
         contenders[name] = (answer, texts)
@@ -128,8 +129,8 @@ def _latency(contest: Contest) -> dict[str, list[list[float]]]:
     return interleave_latency(contenders, rounds, contest.seed)
 
 
-def _answer(model: ExportedModel, runtime: Runtime, text: str) -> int:
-    return int(predict(model, runtime, [text], 1)[0][0])
+def _answer(model: Exported, runtime: ExportedRuntime, text: str) -> int:
+    return int(predict_exported(model, runtime, [text], 1)[0][0])
 
 
 def _serve(service: PyTorchService, text: str) -> int:

@@ -1,6 +1,7 @@
 """One page that says what the pipeline came to, and shows why it can be believed.
 
-In: the outputs of acquire, clean, tokenize, the training stages, evaluate of every variant, and deploy_check.
+In: the outputs of acquire, clean, tokenize, the training stages, both quantize stages, cascade, evaluate of every
+variant, and deploy_check.
 Out: `report.html`, one file that opens offline; `plots/*.svg` and `plots/*.png`; the performance ladder as `ladder.csv`
 and `ladder.json`; and the headline numbers as `metrics.json`.
 

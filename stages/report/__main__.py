@@ -7,15 +7,15 @@ from typing import Any
 import pandas
 
 from stages.core.artifacts import write_json
-from stages.core.ladder import CHAIN, LadderRow, fastest_within_floor, headline, times_smaller
+from stages.core.ladder import VARIANTS, LadderRow, fastest_within_floor, headline, times_smaller
 from stages.core.stage import StageRun, command
 from stages.report.drawing import save
 from stages.report.page import draw, render
 from stages.report.sources import TRAINED, read_findings
 
 _INPUTS = (
-    *("acquire", "clean", "tokenize", *TRAINED, "quantize"),
-    *(f"evaluate@{variant}" for variant in CHAIN),
+    *("acquire", "clean", "tokenize", *TRAINED, "quantize", "quantize_finetuned", "cascade"),
+    *(f"evaluate@{variant}" for variant in VARIANTS),
     "deploy_check",
 )
 

@@ -45,6 +45,9 @@ def draw(findings: Findings, params: Params) -> dict[str, Figure]:
             "lengths": plots.lengths(findings.lengths),
             "latency": plots.latency(_latencies(findings), TITLES),
             "throughput": plots.throughput(_throughputs(findings)),
+            "cascade": plots.trade_off(
+                findings.trade_off, findings.metrics["cascade"]["chosen"], params.cascade.tolerated_loss
+            ),
         }
         for stage, history in findings.histories.items():
             column, label = ("heldout_loss", "held out") if stage == "pretrain" else ("validation_loss", "validation")
@@ -77,6 +80,8 @@ def render(findings: Findings, params: Params, figures: Mapping[str, Figure]) ->
         final_title=TITLES[findings.final],
         pictures={name: Markup(inline(figures[name], name, text)) for name, text in _descriptions(findings).items()},
         training=[_training(findings, stage) for stage in TRAINED if stage in findings.metrics],
+        cascade=findings.metrics["cascade"],
+        passed_on=findings.evaluations.get("cascade", {}).get("passed_on"),
         devices=read_devices(findings.deploy_check, params.deploy_check),
         provenance=flatten(findings.provenance),
         splits=_splits(findings),
@@ -203,6 +208,7 @@ def _descriptions(findings: Findings) -> dict[str, str]:
         "calibration": "Share of right predictions against confidence, with a diagonal for perfect calibration",
         "lengths": f"Histogram of tokens per text, up to {longest}",
         "latency": "Latency at batch 1 from p50 to p99 for every model and runtime; the figures are in the table",
+        "cascade": "What the cascade loses against its larger model, over the share of the texts that it passes on",
         "throughput": "Texts per second against batch size for every model on its fastest runtime",
     }
     for stage in findings.histories:

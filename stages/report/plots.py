@@ -250,7 +250,7 @@ def throughput(runtimes: Mapping[str, Mapping[str, float]]) -> Figure:
     """
     figure = new_figure(4.0, 3.1)
     axes = figure.subplots()
-    colours = (MUTED, SECOND, GOOD, ACCENT)
+    colours = (MUTED, SECOND, GOOD, ACCENT, BAD, INK)
     sizes = sorted({int(size) for speeds in runtimes.values() for size in speeds})
     for colour, (title, speeds) in zip(colours, runtimes.items(), strict=False):
         found = [(place, speeds[str(size)]) for place, size in enumerate(sizes) if str(size) in speeds]
@@ -263,6 +263,28 @@ def throughput(runtimes: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def trade_off(table: pandas.DataFrame, chosen: Mapping[str, float], tolerated: float) -> Figure:
+    """Draw what a cascade loses against its larger model over the share of the texts that it passes on.
+
+    Args:
+        table: columns passed_on, difference, low and high, a row per threshold.
+        chosen: the row that was taken.
+        tolerated: how much quality the lower end of the interval may lose, as a share.
+    """
+    figure = new_figure(4.0, 3.1)
+    axes = figure.subplots()
+    ordered = table.sort_values("passed_on")
+    shares = 100 * ordered["passed_on"]
+    axes.fill_between(shares, 100 * ordered["low"], 100 * ordered["high"], color=GRID, linewidth=0)
+    axes.plot(shares, 100 * ordered["difference"], color=ACCENT, linewidth=1.6)
+    axes.axhline(-100 * tolerated, color=BAD, linewidth=1.2, linestyle=(0, (4, 2)))
+    axes.plot(100 * chosen["passed_on"], 100 * chosen["difference"], "o", color=ACCENT, markersize=8)
+    axes.set_xlabel("texts passed on, %")
+    axes.set_ylabel("points against the larger model")
+    axes.grid(axis="y")
     return figure
 
 

@@ -11,7 +11,7 @@ import pandas
 
 from stages.core.artifacts import MANIFEST, digest, read_json
 from stages.core.errors import UserError
-from stages.core.ladder import CHAIN, LadderRow, ladder_rows
+from stages.core.ladder import CHAIN, VARIANTS, LadderRow, ladder_rows
 from stages.core.stage import HISTORY, MEASURED, METRICS
 
 TRAINED = ("pretrain", "finetune", "distill", "prune")
@@ -64,6 +64,8 @@ class Findings:
     """Texts counted by actual and predicted class, of the final variant."""
     calibration: pandas.DataFrame
     """Columns confidence, accuracy, count; of the final variant."""
+    trade_off: pandas.DataFrame
+    """Columns passed_on, difference, low, high, cost; of the cascade on validation texts, a row per threshold."""
     lengths: pandas.DataFrame
     """Columns split, length, count."""
     rules: pandas.DataFrame
@@ -85,19 +87,21 @@ def read_findings(inputs: Mapping[str, Path]) -> Findings:
     Raises:
         UserError: if a file is missing or malformed.
     """
-    variants = [name for name in CHAIN if f"evaluate@{name}" in inputs]
+    variants = [name for name in VARIANTS if f"evaluate@{name}" in inputs]
     evaluations = {name: read_json(inputs[f"evaluate@{name}"] / METRICS) for name in variants}
     rows = ladder_rows(evaluations)
-    last = inputs[f"evaluate@{variants[-1]}"]
-    described = [name for name in ("clean", "tokenize", *TRAINED, "quantize") if name in inputs]
+    final = next(name for name in reversed(CHAIN) if name in variants)
+    last = inputs[f"evaluate@{final}"]
+    described = [name for name in ("clean", "tokenize", *TRAINED, "quantize", "cascade") if name in inputs]
     return Findings(
         rows=rows,
         evaluations=evaluations,
-        final=variants[-1],
+        final=final,
         metrics={name: read_json(inputs[name] / METRICS) for name in described},
         histories={name: _history(inputs[name] / HISTORY) for name in TRAINED if (inputs[name] / HISTORY).exists()},
-        confusion=_confusion(last / "confusion.csv", list(evaluations[variants[-1]]["per_class"])),
+        confusion=_confusion(last / "confusion.csv", list(evaluations[final]["per_class"])),
         calibration=_numbers(last / "calibration.csv", "confidence", "accuracy", "count"),
+        trade_off=_numbers(inputs["cascade"] / "trade_off.csv", "passed_on", "difference", "low", "high", "cost"),
         lengths=_lengths(inputs["tokenize"] / "lengths.csv"),
         rules=_table(inputs["clean"] / "rules.csv", "rule", "split", "count", *EXAMPLES).astype({"count": int}),
         deploy_check=read_json(inputs["deploy_check"] / METRICS),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from flows.predict import run_predict
 from stages.core.artifacts import write_json
+from stages.core.cascade import load_exported, open_exported, predict_exported
 from stages.core.errors import UserError
 from stages.core.runtimes import ExportedModel, open_runtime, predict
 from stages.core.tables import parse_table, read_table, render_table, write_table
@@ -138,6 +140,26 @@ def test_the_fastest_measured_runtime_is_the_default(
         go(model, "in.txt", json_=True)
         summary = json.loads(capfd.readouterr().out)
         assert (summary["runtime"], summary["batch_size"]) == ("openvino-cpu", 5)
+
+
+def test_a_cascade_is_a_model_like_any_other(
+    cascade_unit: Path, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cascade = folder / "artifacts/cascade"
+    shutil.copytree(cascade_unit, cascade / "model")
+    write_table(odd_table(), folder / "in.csv")
+    go(cascade, "in.csv", json_=True)
+    assert json.loads(capfd.readouterr().out)["runtime"] == "onnxruntime-cpu"
+    loaded = load_exported(cascade_unit)
+    labels, probabilities = predict_exported(loaded, open_exported("onnxruntime-cpu", loaded), ODD, 4)
+    out = read_table(folder / "out.csv", None, "utf-8")
+    assert out["id"].tolist() == odd_table()["id"].tolist()
+    assert out["label"].tolist() == [loaded.labels[index] for index in labels]
+    assert numpy.allclose([float(score) for score in out["score"]], probabilities.max(axis=1), atol=1e-5)
+    best = {"throughput_runtime": "openvino-cpu", "batch_size": 5}
+    write_json(folder / "artifacts/evaluate/cascade/metrics.json", {"best": best})
+    go(cascade, "in.csv", json_=True)
+    assert json.loads(capfd.readouterr().out)["runtime"] == "openvino-cpu"
 
 
 def test_own_columns_are_kept(exported_unit: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -56,18 +56,19 @@ class RunRecord:
         self._thread = threading.Thread(target=_keep_mirrored, args=(folder, uri, self._stop), daemon=True)
 
     @classmethod
-    def start(cls, name: str, params: Params, origins: Mapping[str, str]) -> RunRecord:
+    def start(cls, name: str, params: Params, origins: Mapping[str, str], section: str | None = None) -> RunRecord:
         """Open the record of a stage's run and start mirroring it.
 
         Args:
             name: stage, or `stage@variant`.
-            params: of the whole pipeline; the stage's own section and the seed are recorded with the run.
+            params: of the whole pipeline; one section and the seed are recorded with the run.
             origins: digests of the inputs, by role.
+            section: which; None takes the one that is named like the stage.
         """
         execution = open_execution(params)
         started = milliseconds()
         folder = RUNS / execution / f"{name}-{started}"
-        section = params.model_dump(mode="json").get(name.split("@")[0], {})
+        values = params.model_dump(mode="json").get(section or name.split("@")[0], {})
         run = {
             "name": name,
             "experiment": params.tracking.experiment,
@@ -75,7 +76,7 @@ class RunRecord:
             "ended": None,
             "status": "RUNNING",
             "pid": os.getpid(),
-            "params": flatten({"seed": params.seed, **section}),
+            "params": flatten({"seed": params.seed, **values}),
             "metrics": {},
             "tags": {"headroom.stage": name, **{f"headroom.input.{role}": sum_ for role, sum_ in origins.items()}},
             "output": None,

@@ -109,6 +109,21 @@ def test_baseline_figures_are_medians_over_the_evaluations(metrics: dict[str, di
     assert ladder_rows(metrics)[1].texts_per_second == pytest.approx(101.5)
 
 
+def test_what_stands_beside_the_chain_comes_after_it_with_parents_of_its_own(
+    metrics: dict[str, dict[str, Any]],
+) -> None:
+    both = {"cascade": evaluation(6.0, 0.969, -0.001), "quantize_finetuned": evaluation(4.0, 0.969, -0.001)}
+    rows = ladder_rows(both | metrics)
+    assert [row.name for row in rows] == [NAIVE, FAIR, *CHAIN, "quantize_finetuned", "cascade"]
+    beside = rows[-2:]
+    assert [row.parent for row in beside] == ["finetune", "quantize_finetuned"]
+    assert [row.over_parent for row in beside] == pytest.approx([2.0, 1.5])
+    assert fastest_within_floor(rows) == beside[1]
+    assert headline(rows).startswith("The cascade model answers 600 texts a second")
+    alone = ladder_rows({"finetune": metrics["finetune"], "cascade": both["cascade"]})
+    assert alone[-1].parent == "finetune"
+
+
 def test_the_answer_is_the_fastest_that_meets_the_floor_not_the_fastest(metrics: dict[str, dict[str, Any]]) -> None:
     rows = ladder_rows(metrics)
     best = fastest_within_floor(rows)

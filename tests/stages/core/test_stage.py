@@ -393,3 +393,20 @@ def test_a_stopped_process_ends_within_seconds_and_leaves_the_old_output(number:
         assert "Traceback" not in spoken
     assert run_command(write("xyz")) == 0  # the lock went with the process
     assert left_over() == []
+
+
+def test_a_room_may_serve_a_second_stage_under_its_own_name() -> None:
+    names = []
+
+    def body(run: StageRun) -> dict[str, Any]:
+        names.append((run.name, run.state.parent.name))
+        return {}
+
+    second = Path("artifacts/clean_again")
+    assert run_command(body) == 0
+    assert run_command(body, "--stage", "clean_again", "--data", str(DATA), "--out", str(second)) == 0
+    assert names == [("clean", "clean"), ("clean_again", "clean_again")]
+    runs = [json.loads(path.read_text()) for path in sorted((RUNS / "test").glob("clean*/run.json"))]
+    assert sorted(run["name"] for run in runs) == ["clean", "clean_again"]
+    assert runs[0]["params"] == runs[1]["params"]
+    assert "near_duplicates.threshold" in runs[0]["params"]

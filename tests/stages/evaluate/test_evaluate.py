@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from stages.core.artifacts import read_json, write_json
+from stages.core.cascade import CascadeModel, open_exported, predict_exported
 from stages.core.checkpoints import load_model
 from stages.core.errors import UserError
 from stages.core.observe.tracking import RunRecord, flatten
@@ -51,9 +52,9 @@ MakeRun = Callable[..., StageRun]
 def make_run(
     exported_unit: Path, tiny_checkpoint: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> MakeRun:
-    def make(params: Params, data: Path = tiny_data) -> StageRun:
+    def make(params: Params, data: Path = tiny_data, model: Path = exported_unit) -> StageRun:
         staging = tmp_path_factory.mktemp("staging")
-        inputs = {"model": exported_unit, "reference": tiny_checkpoint, "data": data}
+        inputs = {"model": model, "reference": tiny_checkpoint, "data": data}
         record = cast(RunRecord, SimpleNamespace(log=lambda *_: None))
         return StageRun("evaluate@finetune", params, inputs, staging, staging / "state", record)
 
@@ -136,6 +137,18 @@ def test_other_labels_than_the_models_are_refused(make_run: MakeRun, tiny_data: 
     write_json(data / "labels.json", ["animal", "number", "planet"])
     with pytest.raises(UserError, match=r"labels\.json: the data has labels animal, number, planet, the model"):
         run_evaluate(make_run(small_params(), data))
+
+
+def test_a_cascade_is_measured_like_a_model(make_run: MakeRun, cascade_unit: Path, evaluated: Evaluated) -> None:
+    run = make_run(small_params(), model=cascade_unit)
+    metrics = run_evaluate(run)
+    cascade = CascadeModel.load(cascade_unit)
+    assert metrics["size"]["model_bytes"] == sum(path.stat().st_size for path in cascade_unit.rglob("model.onnx"))
+    assert 0.0 < metrics["passed_on"] < 1.0
+    test = pandas.read_parquet(run.inputs["data"] / "test.parquet")
+    expected = predict_exported(cascade, open_exported("onnxruntime-cpu", cascade), test["text"].tolist(), 32)[1]
+    assert pandas.read_parquet(run.staging / "predictions.parquet")["score"].tolist() == expected.max(axis=1).tolist()
+    assert set(metrics) - set(evaluated[0]) == {"passed_on"}
 
 
 def test_padding_shorter_than_the_texts_is_refused() -> None:

@@ -16,7 +16,7 @@ from selectolax.lexbor import LexborHTMLParser as HTMLParser
 
 from stages.core.artifacts import file_sha256, verify, write_json
 from stages.core.errors import UserError
-from stages.core.ladder import CHAIN
+from stages.core.ladder import CHAIN, VARIANTS
 from stages.core.params import load_params
 from stages.report.drawing import inline, new_figure, save, style
 from stages.report.page import draw, render
@@ -27,9 +27,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def inputs() -> dict[str, Path]:
-    stages = ("acquire", "clean", "tokenize", "pretrain", *CHAIN, "deploy_check")
+    stages = ("acquire", "clean", "tokenize", "pretrain", *CHAIN, "quantize_finetuned", "cascade", "deploy_check")
     folders = {name: Path("artifacts") / name for name in stages}
-    return folders | {f"evaluate@{name}": Path("artifacts/evaluate") / name for name in CHAIN}
+    return folders | {f"evaluate@{name}": Path("artifacts/evaluate") / name for name in VARIANTS}
 
 
 def page_of() -> str:
@@ -85,8 +85,10 @@ def test_the_ladder_has_both_baselines_then_the_chain(html: HTMLParser) -> None:
         "distilled from fine-tuned",
         "pruned from distilled",
         "quantized fastest within the floor",
+        "quantized only from fine-tuned",
+        "cascade from quantized only",
     ]
-    last = rows[-1]
+    last = rows[5]
     assert last[1:] == [
         "95.9% −0.7 (−1.9 to +0.4)",
         "within interval crosses",
@@ -106,19 +108,32 @@ def test_a_model_below_the_floor_is_marked_and_never_the_answer(project: Path) -
     change_metrics(folder, against_reference=against | {"within_floor": False, "difference": -0.03})
     html = HTMLParser(page_of())
     rows = table_after(html, "Quality, speed and size")[1:]
-    assert rows[-1][2] == "below"
-    assert rows[-2][0] == "pruned fastest within the floor"
+    assert rows[5][2] == "below"
+    assert rows[4][0] == "pruned fastest within the floor"
     assert html.css_first("h1").text().startswith("9.9× as fast")
 
 
 def test_when_no_model_meets_the_floor_the_page_says_so(project: Path) -> None:
-    for name in CHAIN:
+    for name in VARIANTS:
         folder = project / "artifacts/evaluate" / name
         against = json.loads((folder / "metrics.json").read_text())["against_reference"]
         change_metrics(folder, against_reference=against | {"within_floor": False})
     html = HTMLParser(page_of())
     assert html.css_first("h1").text() == "No model meets the quality floor"
     assert not html.css(".tiles dd")
+
+
+def test_the_cascade_tells_what_it_passes_on(html: HTMLParser) -> None:
+    section = " ".join(words(html, "section[aria-labelledby=cascade-title]").split())
+    assert "keeps the answers it is more than 88.0% sure of" in section
+    assert "On validation texts 14.2% are passed on, on test texts 15.1%" in section
+    assert "cost 46.5% of the larger model's" in section
+
+
+def test_a_cascade_turned_off_is_told(project: Path) -> None:
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(re.sub(r"(?m)^(cascade:.*\n)  enabled: true", r"\1  enabled: false", text))
+    assert "The cascade is turned off in params.yaml" in page_of()
 
 
 def deployment_of(html: HTMLParser) -> str:
@@ -316,8 +331,8 @@ def test_the_stage_publishes_page_pictures_and_ladder(project: Path, capfd: pyte
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     ladder = json.loads((out / "ladder.json").read_text())
     table = pandas.read_csv(out / "ladder.csv")
-    assert [row["name"] for row in ladder] == list(table["name"]) == ["naive PyTorch", "fair PyTorch", *CHAIN]
-    assert table["over_fair"].iloc[-1] == pytest.approx(12.4)
+    assert [row["name"] for row in ladder] == list(table["name"]) == ["naive PyTorch", "fair PyTorch", *VARIANTS]
+    assert table.set_index("name").loc["quantize", "over_fair"] == pytest.approx(12.4)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["best"] == "quantize"
     assert metrics["throughput_over_naive"] == pytest.approx(378.2)
