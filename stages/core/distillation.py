@@ -34,10 +34,12 @@ from stages.core.examples import (
     load_pad_id,
 )
 from stages.core.judging import judge
+from stages.core.noise import noised_rows
 from stages.core.params import (
     AugmentationParams,
     DistillParams,
     DistillWeights,
+    NoiseParams,
     OptimizerParams,
     StudentParams,
     TransferParams,
@@ -112,6 +114,14 @@ def add_augmented_texts(
     return _with_unlabelled(examples, tokenizer.batch_decode(rows, skip_special_tokens=True), rows)
 
 
+def add_noised_texts(examples: Examples, source: Examples, params: NoiseParams, tokenizer: Any, seed: int) -> Examples:
+    """Put broken variants of the texts of `source` behind `examples`; see `noised_rows`."""
+    if params.copies == 0:
+        return examples
+    rows = noised_rows(source.input_ids, params, tokenizer, seed)
+    return _with_unlabelled(examples, tokenizer.batch_decode(rows, skip_special_tokens=True), rows)
+
+
 def _with_unlabelled(examples: Examples, texts: list[str], rows: list[list[int]]) -> Examples:
     labels = numpy.concatenate([examples.labels, numpy.full(len(rows), -1)])
     return Examples(examples.texts + texts, examples.input_ids + rows, labels)
@@ -141,6 +151,7 @@ def build_lesson(
     tokenizer, pad_id, maximum_length = load_tokenizer(data / "tokenizer"), load_pad_id(data), load_maximum_length(data)
     labelled = load_examples(data, "train")
     examples = add_transfer_texts(labelled, corpus, params.transfer, tokenizer, maximum_length, seed)
+    examples = add_noised_texts(examples, labelled, params.transfer.noise, tokenizer, seed)
     precision = params.optimizer.precision
     if language_model is not None:
         augmentation = params.transfer.augmentation
@@ -279,7 +290,7 @@ def teach(
     phase: str,
 ) -> Position:
     """Train a student, with a learnt projection of its hidden states where it is narrower; see `student_loss`."""
-    with _projection(student, lesson):
+    with _projection(student, lesson), _frozen_word_embeddings(student, run.params.distill.freeze_word_embeddings):
         recipe = distillation_recipe(student, task, lesson, layers, validation, optimizer, epochs, run)
         return train(student, recipe, run, phase)
 
@@ -353,6 +364,18 @@ def _projection(student: nn.Module, lesson: Lesson) -> Iterator[None]:
     finally:
         if needed:
             delattr(student, _PROJECTION)
+
+
+@contextmanager
+def _frozen_word_embeddings(student: nn.Module, wanted: bool) -> Iterator[None]:
+    """Keep the word embeddings out of the training."""
+    owner: Any = student
+    weight = owner.get_input_embeddings().weight
+    weight.requires_grad_(not wanted)
+    try:
+        yield
+    finally:
+        weight.requires_grad_(True)
 
 
 def _projected(student: nn.Module, states: Tensor) -> Tensor:

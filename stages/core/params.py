@@ -250,6 +250,25 @@ class AugmentationParams(Section):
     """The new token is drawn among so many likeliest ones, by their probability."""
 
 
+class NoiseParams(Section):
+    """The task's training texts broken at random (Tang et al., 1903.12136)."""
+
+    copies: Count
+    """Variants of every training text; 0 for none."""
+    mask_probability: ProperFraction
+    """Chance of a token becoming the mask token."""
+    replace_probability: ProperFraction
+    """Chance of a token becoming another one of the training texts."""
+    cut_probability: Fraction
+    """Chance of a text losing up to half its tokens at the ends."""
+
+    @model_validator(mode="after")
+    def _one_fate_each(self) -> Self:
+        if self.mask_probability + self.replace_probability > 1.0:
+            raise ValueError("mask_probability and replace_probability must not exceed 1 together")
+        return self
+
+
 class TransferParams(Section):
     """Unlabelled text that the student learns from beside the task's own (TinyBERT, 1909.10351)."""
 
@@ -257,6 +276,7 @@ class TransferParams(Section):
     """At most so many of the corpus; 0 for none."""
     pattern: str
     """Regular expression that a corpus text must contain; "." takes any."""
+    noise: NoiseParams
     augmentation: AugmentationParams
 
 
@@ -346,6 +366,9 @@ class DistillParams(Section):
     weights: DistillWeights
     relations: RelationParams
     transfer: TransferParams
+    freeze_word_embeddings: bool
+    """Leave the student's word embeddings as they are: most weights of a small model, and their updates much
+    of a step's time."""
     epochs: Number
     optimizer: OptimizerParams
 

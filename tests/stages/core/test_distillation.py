@@ -31,6 +31,7 @@ from stages.core.params import (
     DistillWeights,
     LayersStudent,
     NarrowStudent,
+    NoiseParams,
     TransferParams,
 )
 from stages.core.structure import encoder_layers, keep_layers, keep_parts
@@ -40,6 +41,7 @@ from stages.core.teacher import Recorded, teacher_outputs
 TASK = get_task("text-classification")
 NONE = {"soft": 0.0, "hard": 0.0, "hidden": 0.0, "attention": 0.0, "relations": 0.0}
 DEFAULT = yaml.safe_load((Path(__file__).parents[3] / "params.yaml").read_text())["distill"]
+NO_NOISE = NoiseParams(copies=0, mask_probability=0.1, replace_probability=0.1, cut_probability=0.25)
 NO_AUGMENTATION = AugmentationParams(copies=0, mask_probability=0.15, candidates=5)
 
 
@@ -170,8 +172,8 @@ def test_transfer_texts_match_the_pattern_and_have_no_label(tiny_data: Path, tmp
     texts = ["where is the cat ?", "a dog", "who is in london ?", "how many ?"]
     pandas.DataFrame({"text": texts}).to_parquet(tmp_path / "corpus.parquet")
     examples, tokenizer = load_examples(tiny_data, "train"), load_tokenizer(tiny_data / "tokenizer")
-    two = TransferParams(texts=2, pattern=r"\?$", augmentation=NO_AUGMENTATION)
-    none = TransferParams(texts=0, pattern=".", augmentation=NO_AUGMENTATION)
+    two = TransferParams(texts=2, pattern=r"\?$", noise=NO_NOISE, augmentation=NO_AUGMENTATION)
+    none = TransferParams(texts=0, pattern=".", noise=NO_NOISE, augmentation=NO_AUGMENTATION)
     joined = add_transfer_texts(examples, tmp_path, two, tokenizer, 24, seed=0)
     assert len(joined) == len(examples) + 2
     assert set(joined.texts[-2:]) < {texts[0], texts[2], texts[3]}
@@ -252,7 +254,10 @@ def test_augmented_texts_have_no_label_and_follow_the_rest(
     made = [[2, 70, 71, 3], [2, 72, 3]]
     monkeypatch.setattr(distillation, "augmented_rows", lambda *arguments: made)
     transfer = TransferParams(
-        texts=0, pattern=".", augmentation=AugmentationParams(copies=1, mask_probability=0.3, candidates=5)
+        texts=0,
+        pattern=".",
+        noise=NO_NOISE,
+        augmentation=AugmentationParams(copies=1, mask_probability=0.3, candidates=5),
     )
     with_model = build_lesson(_params(transfer=transfer), tiny_checkpoint, tiny_data, tmp_path, 0, tmp_path)
     assert with_model.examples.input_ids[-2:] == made
