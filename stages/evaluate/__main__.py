@@ -7,16 +7,24 @@ from typing import Any
 import numpy
 
 from stages.core.checkpoints import load_model
+from stages.core.choice import RUNTIME_FILE, Setting, write_choice
 from stages.core.errors import UserError
 from stages.core.examples import Examples, load_examples, load_labels
 from stages.core.judging import predict_logits
-from stages.core.runtimes import REFERENCE_RUNTIME, ExportedModel, OpenVino, open_runtime, predict
+from stages.core.runtimes import (
+    REFERENCE_RUNTIME,
+    ExportedModel,
+    available_runtimes,
+    open_runtime,
+    predict,
+    safe_runtimes,
+)
 from stages.core.stage import StageRun, command
 from stages.core.timing import watch_other_load
 from stages.evaluate.baselines import PyTorchService, naive_length, prepare_pytorch
 from stages.evaluate.memory import serving_memory_mb
 from stages.evaluate.quality import compare, score_quality, write_tables
-from stages.evaluate.speed import BASELINES, RUNTIMES, Contest, measure_speed
+from stages.evaluate.speed import BASELINES, Contest, measure_speed
 
 _BATCH_SIZE = 32
 _NOTEWORTHY_LOAD = 0.1
@@ -33,7 +41,7 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
 
     run.say(f"quality on {len(test)} texts")
     probabilities = predict(model, open_runtime(REFERENCE_RUNTIME, model), test.texts, _BATCH_SIZE)[1]
-    openvino = predict(model, open_runtime(OpenVino.name, model), test.texts, _BATCH_SIZE)[0]
+    runtimes = _usable_runtimes(run, model)
     reference = predict_logits(network, test.input_ids, model.pad_id).argmax(dim=1).numpy()
     predictions = probabilities.argmax(axis=1)
     against = compare(predictions, reference, test.labels, run.params.quality, params, run.params.seed)
@@ -42,8 +50,10 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     run.say("speed beside both baselines")
     lengths = (None, naive)
     services = {name: PyTorchService(network, model, length) for name, length in zip(BASELINES, lengths, strict=True)}
-    speed = _measure_speed(run, Contest(model, services, test.texts, params.latency, run.params.seed))
-    speed["runtimes"][OpenVino.name]["agreement"] = float(numpy.mean(openvino == predictions))
+    speed = _measure_speed(run, Contest(model, runtimes, services, test.texts, params.latency, run.params.seed))
+    for name in runtimes[1:]:
+        others = predict(model, open_runtime(name, model), test.texts, _BATCH_SIZE)[0]
+        speed["runtimes"][name]["agreement"] = float(numpy.mean(others == predictions))
     return {
         "variant": run.name.partition("@")[2],
         "texts": len(test),
@@ -65,20 +75,37 @@ def _read_test(run: StageRun, model: ExportedModel) -> Examples:
     return load_examples(folder, "test")
 
 
+def _usable_runtimes(run: StageRun, model: ExportedModel) -> list[str]:
+    """Names of the runtimes that take part, the reference first: those that are right here and can start."""
+    safe = safe_runtimes(model)
+    for name in sorted(set(available_runtimes()) - set(safe)):
+        run.say(f"{name}: left out, its int8 products saturate on a CPU without VNNI")
+    usable = [REFERENCE_RUNTIME]
+    for name in safe:
+        try:
+            if name != REFERENCE_RUNTIME:
+                open_runtime(name, model)
+                usable.append(name)
+        except UserError as problem:
+            run.say(f"left out: {problem}")
+    return usable
+
+
 def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:
     """Measure speed, and how much memory a process that only serves takes at the batch size at which it is fastest."""
     with watch_other_load() as other:
-        speed = measure_speed(contest)
+        speed, settings = measure_speed(contest)
     if other.share > _NOTEWORTHY_LOAD:
         run.say(
             f"other work took {other.share:.0%} of the processors while timing, which slows PyTorch most; "
             "measure again on a quiet machine before you trust the ratios"
         )
     texts = contest.sample(contest.params.throughput_texts)
-    for name in RUNTIMES:
-        entry = speed["runtimes"][name]
-        entry["peak_memory_mb"] = serving_memory_mb(contest.model.folder, name, texts, entry["best_batch_size"])
+    for entry in speed["runtimes"].values():
+        setting = Setting(**entry["throughput_setting"])
+        entry["peak_memory_mb"] = serving_memory_mb(contest.model.folder, setting, texts)
     speed["best"]["peak_memory_mb"] = speed["runtimes"][speed["best"]["throughput_runtime"]]["peak_memory_mb"]
+    write_choice(run.staging / RUNTIME_FILE, settings, {"runtimes": speed["runtimes"], "other_load": other.share})
     return {**speed, "other_load": other.share}
 
 
