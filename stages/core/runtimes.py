@@ -121,8 +121,10 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
-        # Widens int8 products where they would saturate; does nothing on a CPU whose sums are exact.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if saturates(model):
+            # Products stay float, right and slow. (`session.x64quantprecision` would widen them to 16 bits, but
+            # version 1.31 cannot load graphs with it whose layers share a zero point.)
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.name = name
         self._pool = ThreadPoolExecutor(streams) if streams > 1 else None
         self.precision = "f16" if name == "onnxruntime-tensorrt" else "f32"
@@ -199,14 +201,17 @@ def available_runtimes() -> list[str]:
     return [REFERENCE_RUNTIME, OpenVino.name, *gpu]
 
 
+def saturates(model: ExportedModel) -> bool:
+    """Tell whether integer arithmetic would give wrong results for this model on this CPU."""
+    return model.quantized and int8_saturates(platform.machine(), describe_cpu()["features"])
+
+
 def safe_runtimes(model: ExportedModel) -> list[str]:
     """Those of `available_runtimes` that compute the model right on this CPU.
 
-    ONNX Runtime widens int8 products that would saturate; OpenVINO has no such setting.
+    ONNX Runtime computes int8 products in float where they would saturate; OpenVINO has no such setting.
     """
-    if not (model.quantized and int8_saturates(platform.machine(), describe_cpu()["features"])):
-        return available_runtimes()
-    return [name for name in available_runtimes() if name != OpenVino.name]
+    return [name for name in available_runtimes() if name != OpenVino.name or not saturates(model)]
 
 
 def open_runtime(

@@ -72,6 +72,8 @@ def test_int8_avoids_runtimes_that_saturate(model: ExportedModel, monkeypatch: p
     monkeypatch.setattr("stages.core.runtimes.int8_saturates", lambda *_: True)
     assert "openvino-cpu" not in safe_runtimes(quantized)
     assert "onnxruntime-cpu" in safe_runtimes(quantized)
+    safe = predict(quantized, open_runtime("onnxruntime-cpu", quantized), TEXTS, 2)[1]
+    assert numpy.abs(safe - predict(model, open_runtime("onnxruntime-cpu", model), TEXTS, 2)[1]).max() < 1e-5
     assert safe_runtimes(model) == available_runtimes()
     monkeypatch.setattr("stages.core.runtimes.int8_saturates", lambda *_: False)
     assert safe_runtimes(quantized) == available_runtimes()
