@@ -12,21 +12,22 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core.artifacts import read_json
 from stages.core.errors import UserError
 from stages.core.observe.progress import say, track
 
 if TYPE_CHECKING:
     import pandas
 
-    from stages.core.cascade import Exported, ExportedRuntime
+    from stages.core.cascade import Exported, ExportedRuntime, PreparedExported
+    from stages.core.choice import Setting
 
 STANDARD_STREAM = "-"
 
-_BATCH_SIZE = 32
 _CHUNK = 4096  # texts between two signs of progress; sorted by length within
 _DIGITS = 6
 
@@ -50,14 +51,15 @@ def run_predict(
         output: a file whose name tells the format, or `-` for stdout in the input's format, csv for plain lines.
         text_column: the column to classify; None takes `text`, or the only column.
         input_format: None goes by the file's name.
-        runtime: None takes the one that `evaluate` found fastest for this model, or ONNX Runtime.
-        batch_size: None takes the one that `evaluate` found fastest for this model, or 32.
+        runtime: None takes the one that `evaluate` found fastest for this model on this machine, or ONNX Runtime.
+        batch_size: texts in a batch; None takes as many tokens a batch as `evaluate` found fastest.
         json_: write the summary as JSON; with `output` on stdout, the rows as JSON lines instead.
 
     Raises:
         UserError: if the model, the input or an option cannot be used.
     """
-    from stages.core.cascade import load_exported, open_exported
+    from stages.core.cascade import load_exported
+    from stages.core.choice import DEFAULT, open_setting
     from stages.core.tables import table_format
 
     format = input_format or ("txt" if input == STANDARD_STREAM else table_format(Path(input)))
@@ -66,20 +68,24 @@ def run_predict(
     else:
         output_format = _writable_format(Path(output))
     exported = load_exported(model)
-    measured_runtime, measured_size = _fastest(exported.folder)
-    name, size = runtime or measured_runtime, batch_size or measured_size
-    if size < 1:
-        raise UserError(f"--batch-size: {size} is not a number of texts; 1 or more")
+    setting = _fastest(exported.folder)
+    if runtime is not None and runtime != setting.runtime:
+        setting = replace(DEFAULT, runtime=runtime)
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch-size: {batch_size} is not a number of texts; 1 or more")
     frame = _read(input, format)
     column = _text_column(frame, text_column, input)
     texts = _texts(frame, column, input)
     started = time.monotonic()
-    engine = open_exported(name, exported, goal="throughput")
-    labels, scores = classify(exported, engine, texts, size)
+    engine = open_setting(setting, exported, "throughput")
+    batch_tokens = None if batch_size else setting.batch_tokens
+    labels, scores = classify(exported, engine, texts, batch_size, batch_tokens)
     seconds = time.monotonic() - started
     _add(frame, labels, scores)
     _write(frame, output, output_format)
-    summary = {"rows": len(frame), "output": output, "runtime": name, "batch_size": size, "seconds": round(seconds, 3)}
+    name = setting.runtime
+    sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+    summary = {"rows": len(frame), "output": output, "runtime": name, **sizes, "seconds": round(seconds, 3)}
     if json_ and output != STANDARD_STREAM:
         print(json.dumps(summary))
     else:
@@ -87,38 +93,51 @@ def run_predict(
 
 
 def classify(
-    model: Exported, runtime: ExportedRuntime, texts: Sequence[str], batch_size: int
+    model: Exported,
+    runtime: ExportedRuntime,
+    texts: Sequence[str],
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
 ) -> tuple[list[str], list[float]]:
-    """Return the label and its probability of every text, in order."""
-    from stages.core.cascade import predict_exported
+    """Return the label and its probability of every text, in order; a thread encodes one chunk ahead of the runtime."""
+    from stages.core.cascade import answer_exported, prepare_exported
 
     labels: list[str] = []
     scores: list[float] = []
-    for start in track(range(0, len(texts), _CHUNK), f"predict, {_CHUNK} texts each"):
-        indices, probabilities = predict_exported(model, runtime, texts[start : start + _CHUNK], batch_size)
-        labels += [model.labels[index] for index in indices.tolist()]
-        scores += [round(float(score), _DIGITS) for score in probabilities.max(axis=1)]
+    starts = range(0, len(texts), _CHUNK)
+    with ThreadPoolExecutor(1) as encoder:
+
+        def encode(start: int) -> Future[PreparedExported]:
+            return encoder.submit(prepare_exported, model, texts[start : start + _CHUNK], batch_size, batch_tokens)
+
+        coming = encode(0)
+        for start in track(starts, f"predict, {_CHUNK} texts each"):
+            prepared, coming = coming.result(), encode(start + _CHUNK)
+            indices, probabilities = answer_exported(model, runtime, prepared)
+            labels += [model.labels[index] for index in indices.tolist()]
+            scores += [round(float(score), _DIGITS) for score in probabilities.max(axis=1)]
     return labels, scores
 
 
-def _fastest(folder: Path) -> tuple[str, int]:
-    """Runtime and batch size of the highest throughput that `evaluate` measured for the model in `folder`, if it did.
+def _fastest(folder: Path) -> Setting:
+    """What `evaluate` found fastest for the model in `folder`, if it did, on this machine.
 
-    Only for models inside `artifacts/export/<variant>` and `artifacts/cascade`; a runtime that is not installed here
-    does not count.
+    For models inside `artifacts/export/<variant>`, for `artifacts/cascade`, and where a runtime.json lies beside the
+    model's folder.
     """
-    from stages.core.runtimes import REFERENCE_RUNTIME, available_runtimes
+    from stages.core.choice import DEFAULT, RUNTIME_FILE, read_choice
 
     variant = folder.resolve().parent if folder.name == "model" else folder.resolve()
     exported = variant.parent.name == "export"
-    metrics = variant.parents[1 if exported else 0] / "evaluate" / variant.name / "metrics.json"
-    if not (exported or variant.name == "cascade") or not metrics.exists():
-        return REFERENCE_RUNTIME, _BATCH_SIZE
-    best = read_json(metrics)["best"]
-    if best["throughput_runtime"] not in available_runtimes():
-        say(f"{best['throughput_runtime']} was the fastest but is not installed here; taking {REFERENCE_RUNTIME}")
-        return REFERENCE_RUNTIME, _BATCH_SIZE
-    return best["throughput_runtime"], best["batch_size"]
+    ours = exported or (variant.name == "cascade" and not (variant / RUNTIME_FILE).exists())
+    evaluated = variant.parents[1 if exported else 0] / "evaluate" / variant.name / RUNTIME_FILE
+    path = evaluated if ours else variant / RUNTIME_FILE
+    if not path.exists():
+        return DEFAULT
+    setting, problem = read_choice(path, "throughput")
+    if problem is not None:
+        say(f"{problem}; taking {setting.runtime}. `dvc repro` measures again")
+    return setting
 
 
 def _read(input: str, format: str) -> pandas.DataFrame:

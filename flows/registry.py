@@ -8,6 +8,7 @@ it takes the place of, measured on the same test split; any other model is the `
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from flows.environment import prepare
 from flows.graph import read_fingerprints
 from flows.tracking import tag_fingerprints
 from stages.core.artifacts import digest, read_json, text_sha256
+from stages.core.choice import RUNTIME_FILE
 from stages.core.errors import UserError
 from stages.core.observe.tracking import mirror, open_client, tracking_uri
 from stages.core.stage import METRICS, StageRun, command
@@ -221,6 +223,9 @@ def _register(run: StageRun, client: Any, run_id: str, contender: Contender, dec
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "model")
         save_onnx_model(run.inputs["model"], folder)
+        choice = run.inputs["evaluation"] / RUNTIME_FILE
+        if choice.exists():
+            shutil.copyfile(choice, folder / "extra_files" / RUNTIME_FILE)
         client.log_artifacts(run_id, str(folder), "model")
     tags = {**contender.tags(), REASON: decision.reason, "headroom.model": digest(run.inputs["model"])}
     source = f"{client.get_run(run_id).info.artifact_uri}/model"

@@ -13,6 +13,21 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def token_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Cut the indices, sorted by length, into batches of at most so many tokens, padding included.
+
+    Every batch costs about the same, whatever the lengths; a text longer than the budget is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        # In order of length the text at hand is the longest of its batch.
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
 def pad(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Pad token ids to `length`, or to the longest row.
 

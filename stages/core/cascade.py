@@ -16,7 +16,7 @@ import numpy
 from stages.core.artifacts import MANIFEST, read_json, verify
 from stages.core.errors import UserError
 from stages.core.metrics import Array
-from stages.core.runtimes import ExportedModel, Goal, Runtime, open_runtime, predict, predict_rows
+from stages.core.runtimes import ExportedModel, Goal, Prepared, Runtime, answer, arrange, open_runtime, predict
 
 CASCADE_FILE = "cascade.json"
 SMALL, LARGE = "small", "large"
@@ -100,28 +100,62 @@ def load_exported(folder: Path) -> Exported:
     return ExportedModel.load(folder)
 
 
+def models_of(model: Exported) -> tuple[ExportedModel, ...]:
+    """Return the single models that answer."""
+    return (model.small, model.large) if isinstance(model, CascadeModel) else (model,)
+
+
 def open_exported(
-    name: str, model: Exported, threads: int | None = None, goal: Goal = "latency"
-) -> Runtime | CascadeRuntime:
+    name: str, model: Exported, threads: int | None = None, goal: Goal = "latency", streams: int | None = None
+) -> ExportedRuntime:
     """Load a model, or both of a cascade, into a runtime; see `open_runtime`."""
-    if isinstance(model, ExportedModel):
-        return open_runtime(name, model, threads, goal)
-    return CascadeRuntime(*(open_runtime(name, part, threads, goal) for part in (model.small, model.large)))
+    opened = [open_runtime(name, part, threads, goal, streams) for part in models_of(model)]
+    return CascadeRuntime(*opened) if isinstance(model, CascadeModel) else opened[0]
 
 
 def predict_exported(
-    model: Exported, runtime: ExportedRuntime, texts: Sequence[str], batch_size: int
+    model: Exported,
+    runtime: ExportedRuntime,
+    texts: Sequence[str],
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
 ) -> tuple[Array, Array]:
     """Classify texts with what `open_exported` opened for the model; see `predict`.
 
     Returns:
         label indices, int64 [texts], and probabilities, float32 [texts, labels], in the order of the texts.
     """
+    return answer_exported(model, runtime, prepare_exported(model, texts, batch_size, batch_tokens))
+
+
+@dataclass(frozen=True)
+class PreparedExported:
+    """Texts in batches for the model that sees them first."""
+
+    texts: Sequence[str]
+    rows: list[list[int]]
+    """Token ids of each text, as that model reads them."""
+    batches: Prepared
+    batch_size: int | None
+    batch_tokens: int | None
+
+
+def prepare_exported(
+    model: Exported, texts: Sequence[str], batch_size: int | None = None, batch_tokens: int | None = None
+) -> PreparedExported:
+    """Encode texts for the model that sees them first and batch them; see `prepare`."""
+    first = _first(model)
+    rows = first.encode(texts)
+    return PreparedExported(texts, rows, arrange(first, rows, batch_size, batch_tokens), batch_size, batch_tokens)
+
+
+def answer_exported(model: Exported, runtime: ExportedRuntime, prepared: PreparedExported) -> tuple[Array, Array]:
+    """Classify prepared texts; see `predict_exported`."""
     if isinstance(model, CascadeModel) and isinstance(runtime, CascadeRuntime):
-        return _predict_cascade(model, runtime, texts, batch_size)
+        return _answer_cascade(model, runtime, prepared)
     if isinstance(model, CascadeModel) or isinstance(runtime, CascadeRuntime):
         raise TypeError("a cascade runs on what `open_exported` opened for it, and nothing else does")
-    return predict(model, runtime, texts, batch_size)
+    return answer(model, runtime, prepared.batches)
 
 
 def passed_on(probabilities: Array, threshold: float) -> Array:
@@ -159,17 +193,23 @@ def require_same_labels(small: ExportedModel, large: ExportedModel) -> None:
         )
 
 
-def _predict_cascade(
-    model: CascadeModel, runtime: CascadeRuntime, texts: Sequence[str], batch_size: int
-) -> tuple[Array, Array]:
+def _first(model: Exported) -> ExportedModel:
+    """The model that sees every text."""
+    if isinstance(model, ExportedModel):
+        return model
+    return model.large if model.threshold >= ALL_PASSED_ON else model.small
+
+
+def _answer_cascade(model: CascadeModel, runtime: CascadeRuntime, prepared: PreparedExported) -> tuple[Array, Array]:
     if model.threshold >= ALL_PASSED_ON:
-        return predict(model.large, runtime.large, texts, batch_size)
-    rows = model.small.encode(texts)
-    labels, probabilities = predict_rows(model.small, runtime.small, rows, batch_size)
-    unsure = numpy.flatnonzero(passed_on(probabilities, model.threshold)).tolist() if rows else []
+        return answer(model.large, runtime.large, prepared.batches)
+    labels, probabilities = answer(model.small, runtime.small, prepared.batches)
+    unsure = numpy.flatnonzero(passed_on(probabilities, model.threshold)).tolist() if prepared.rows else []
     if unsure:
+        rows, texts = prepared.rows, prepared.texts
         again = [rows[i] for i in unsure] if model.same_tokens else model.large.encode([texts[i] for i in unsure])
-        labels[unsure], probabilities[unsure] = predict_rows(model.large, runtime.large, again, batch_size)
+        batches = arrange(model.large, again, prepared.batch_size, prepared.batch_tokens)
+        labels[unsure], probabilities[unsure] = answer(model.large, runtime.large, batches)
     return labels, probabilities
 
 

@@ -11,6 +11,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,19 @@ def describe_cpu(root: Path = _ROOT) -> dict[str, Any]:
         "quota_cores": quota_cores(root),
         "features": _cpu_features(text),
     }
+
+
+def int8_saturates(machine: str, features: Sequence[str]) -> bool:
+    """Tell whether products of int8 with uint8 can overflow 16 bits on the way.
+
+    On x86 without VNNI (or AMX) the pair sums of `pmaddubsw` saturate, and results are silently wrong where weights
+    use all 8 bits (onnxruntime#6004; oneDNN, "Nuances of int8 computations"). ARM accumulates in 32 bits.
+
+    Args:
+        machine: as `platform.machine` names it.
+        features: of `describe_cpu`.
+    """
+    return machine in ("x86_64", "AMD64") and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(features)
 
 
 def usable_processors() -> list[int]:

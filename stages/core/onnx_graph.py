@@ -15,6 +15,8 @@ import torch
 from onnxscript import opset20 as operators
 from torch import Tensor, nn
 
+from stages.core.lean import LeanClassifier, fits
+
 _SAMPLE_TEXTS, _SAMPLE_LENGTH = 2, 7
 _LARGEST_INLINE_BYTES = 2**31 - 2**20  # protobuf's limit
 
@@ -35,6 +37,8 @@ class LogitsOnly(nn.Module):
 def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str, opset: int) -> onnx.ModelProto:
     """Write a model as ONNX with dynamic batch and length, and check it.
 
+    A classifier of the BERT family is written in its lean form, any other model as transformers computes it.
+
     Args:
         model: in evaluation mode, on the CPU.
         path: of the file.
@@ -49,7 +53,7 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with _quietly():
         program: Any = torch.onnx.export(
-            LogitsOnly(model).eval(),
+            (LeanClassifier(model) if fits(model) else LogitsOnly(model)).eval(),
             (ids, torch.ones_like(ids)),
             dynamo=True,
             input_names=list(inputs),
@@ -59,6 +63,7 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
             custom_translation_table={torch.ops.headroom.quantize_by_own_range.default: _dynamic_quantize},
             verbose=False,
         )
+    _strip_traces(program.model)
     proto: onnx.ModelProto = program.model_proto
     if proto.ByteSize() > _LARGEST_INLINE_BYTES:
         program.save(path, external_data=True)
@@ -66,6 +71,15 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
         onnx.save(proto, path)
     onnx.checker.check_model(str(path), full_check=True)
     return proto
+
+
+def _strip_traces(model: Any) -> None:
+    """Drop where in the source each node and value comes from: it is large, and names folders of this machine."""
+    for part in (model.graph, *model.graph.all_nodes(), *model.graph.initializers.values(), *model.graph.inputs):
+        part.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 def _dynamic_quantize(inputs: Any) -> Any:

@@ -440,6 +440,10 @@ class ExportParams(Section):
     """Largest accepted difference of a logit, ONNX Runtime against PyTorch, of a float model."""
     quantized_tolerance: Positive
     """The same for a quantized model, where one rounding step more or less may pass through many layers."""
+    size_allowance: Fraction
+    """Bytes of the file over those of the tensors, as a share; the graph's nodes have room of their own."""
+    int8_fused: Annotated[float, Field(ge=0.0, le=1.0)]
+    """Share of the int8 products that both runtimes must compute in integers."""
 
 
 class CascadeParams(Section):

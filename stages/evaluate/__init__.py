@@ -11,10 +11,14 @@ them. The difference to the fine-tuned model is taken on the same texts, with a 
 "Statistical significance tests for machine translation evaluation"; Efron & Tibshirani 1993). Calibration error is
 the expected one (Guo et al., 1706.04599).
 
+Choice. `runtime.json` says how to run the model on this machine, for latency and for throughput: the runtime, its
+threads, how many inferences side by side, and how many tokens a batch may hold. `headroom predict` goes by it.
+
 Speed. Everything is timed from strings to predicted labels, tokenization included, with the same tokenizer for all.
 Two baselines, always both, are the fine-tuned model in PyTorch float32: the *fair* one pads to the longest text in
-the batch, the *naive* one pads everything to one length, as tutorials do. Each batch size is tried once; the best one
-of each runtime then takes turns with both baselines, in rounds of an order drawn anew. What counts is the ratio per
-round, with its least and greatest: what the machine does meanwhile hits all contenders alike. Latency is that of one
-text at a time. Peak memory is that of a fresh process that only serves.
+the batch, the *naive* one pads everything to one length, as tutorials do. Each batch size (in texts of average length,
+as a budget of tokens) and each way to share the processors is tried once; the best of each runtime then takes turns
+with both baselines, in rounds of an order drawn anew. What counts is the ratio per round, with its least and greatest:
+what the machine does meanwhile hits all contenders alike. Latency is that of one text at a time. Peak memory is that
+of a fresh process that only serves.
 """

@@ -13,21 +13,23 @@ from stages.core.cascade import (
     Exported,
     ExportedRuntime,
     load_exported,
+    models_of,
     open_exported,
     predict_exported,
     share_passed_on,
 )
 from stages.core.checkpoints import load_model
+from stages.core.choice import RUNTIME_FILE, Setting, write_choice
 from stages.core.errors import UserError
 from stages.core.examples import Examples, load_examples, load_labels
 from stages.core.judging import predict_logits
-from stages.core.runtimes import REFERENCE_RUNTIME, OpenVino
+from stages.core.runtimes import REFERENCE_RUNTIME, available_runtimes, safe_runtimes
 from stages.core.stage import StageRun, command
 from stages.core.timing import watch_other_load
 from stages.evaluate.baselines import PyTorchService, naive_length, prepare_pytorch
 from stages.evaluate.memory import serving_memory_mb
 from stages.evaluate.quality import compare, score_quality, write_tables
-from stages.evaluate.speed import BASELINES, RUNTIMES, Contest, measure_speed
+from stages.evaluate.speed import BASELINES, Contest, measure_speed
 
 _BATCH_SIZE = 32
 _NOTEWORTHY_LOAD = 0.1
@@ -45,7 +47,7 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     run.say(f"quality on {len(test)} texts")
     runtime = open_exported(REFERENCE_RUNTIME, model)
     probabilities = predict_exported(model, runtime, test.texts, _BATCH_SIZE)[1]
-    openvino = predict_exported(model, open_exported(OpenVino.name, model), test.texts, _BATCH_SIZE)[0]
+    runtimes = _usable_runtimes(run, model)
     reference = predict_logits(network, test.input_ids, model.pad_id).argmax(dim=1).numpy()
     predictions = probabilities.argmax(axis=1)
     against = compare(predictions, reference, test.labels, run.params.quality, params, run.params.seed)
@@ -54,8 +56,10 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     run.say("speed beside both baselines")
     lengths = (None, naive)
     services = {name: PyTorchService(network, model, length) for name, length in zip(BASELINES, lengths, strict=True)}
-    speed = _measure_speed(run, Contest(model, services, test.texts, params.latency, run.params.seed))
-    speed["runtimes"][OpenVino.name]["agreement"] = float(numpy.mean(openvino == predictions))
+    speed = _measure_speed(run, Contest(model, runtimes, services, test.texts, params.latency, run.params.seed))
+    for name in runtimes[1:]:
+        others = predict_exported(model, open_exported(name, model), test.texts, _BATCH_SIZE)[0]
+        speed["runtimes"][name]["agreement"] = float(numpy.mean(others == predictions))
     return {
         "variant": run.name.partition("@")[2],
         "texts": len(test),
@@ -85,20 +89,37 @@ def _passed_on(model: Exported, runtime: ExportedRuntime, texts: Sequence[str]) 
     return {}
 
 
+def _usable_runtimes(run: StageRun, model: Exported) -> list[str]:
+    """Names of the runtimes that take part, the reference first: those that are right here and can start."""
+    safe = [name for name in available_runtimes() if all(name in safe_runtimes(part) for part in models_of(model))]
+    for name in sorted(set(available_runtimes()) - set(safe)):
+        run.say(f"{name}: left out, its int8 products saturate on a CPU without VNNI")
+    usable = [REFERENCE_RUNTIME]
+    for name in safe:
+        try:
+            if name != REFERENCE_RUNTIME:
+                open_exported(name, model)
+                usable.append(name)
+        except UserError as problem:
+            run.say(f"left out: {problem}")
+    return usable
+
+
 def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:
     """Measure speed, and how much memory a process that only serves takes at the batch size at which it is fastest."""
     with watch_other_load() as other:
-        speed = measure_speed(contest)
+        speed, settings = measure_speed(contest)
     if other.share > _NOTEWORTHY_LOAD:
         run.say(
             f"other work took {other.share:.0%} of the processors while timing, which slows PyTorch most; "
             "measure again on a quiet machine before you trust the ratios"
         )
     texts = contest.sample(contest.params.throughput_texts)
-    for name in RUNTIMES:
-        entry = speed["runtimes"][name]
-        entry["peak_memory_mb"] = serving_memory_mb(contest.model.folder, name, texts, entry["best_batch_size"])
+    for entry in speed["runtimes"].values():
+        setting = Setting(**entry["throughput_setting"])
+        entry["peak_memory_mb"] = serving_memory_mb(contest.model.folder, setting, texts)
     speed["best"]["peak_memory_mb"] = speed["runtimes"][speed["best"]["throughput_runtime"]]["peak_memory_mb"]
+    write_choice(run.staging / RUNTIME_FILE, settings, {"runtimes": speed["runtimes"], "other_load": other.share})
     return {**speed, "other_load": other.share}
 
 

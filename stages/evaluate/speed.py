@@ -5,20 +5,31 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from stages.core.cascade import Exported, ExportedRuntime, open_exported, predict_exported
+from stages.core.cascade import Exported, ExportedRuntime, predict_exported
+from stages.core.choice import Setting, open_setting
+from stages.core.hardware import thread_limit, usable_processors
 from stages.core.params import LatencyParams
-from stages.core.runtimes import REFERENCE_RUNTIME, OpenVino
-from stages.core.timing import interleave, interleave_latency, items_per_second, percentiles, ratios, uncollected
+from stages.core.runtimes import REFERENCE_RUNTIME, Goal, OpenVino
+from stages.core.timing import (
+    durations,
+    interleave,
+    interleave_latency,
+    items_per_second,
+    percentiles,
+    ratios,
+    uncollected,
+)
 from stages.evaluate.baselines import PyTorchService
 
-RUNTIMES = (REFERENCE_RUNTIME, OpenVino.name)
 BASELINES = ("fair", "naive")
 
+_CPU_RUNTIMES = (REFERENCE_RUNTIME, OpenVino.name)
 _SHORT_TEXTS = 256  # enough to rank batch sizes, which differ by more than the noise of so many
+_SINGLE_TRIALS = 24
 _NAIVE_SINGLES_A_ROUND = 4
 
 
@@ -27,6 +38,8 @@ class Contest:
     """What takes part in the measurement."""
 
     model: Exported
+    runtimes: Sequence[str]
+    """That take part."""
     services: Mapping[str, PyTorchService]
     """The baselines, `fair` and `naive`."""
     texts: Sequence[str]
@@ -39,33 +52,49 @@ class Contest:
         return random.Random(self.seed).sample(list(self.texts), min(count, len(self.texts)))
 
 
-def measure_speed(contest: Contest) -> dict[str, Any]:
-    """Measure throughput and latency of both runtimes and both baselines.
+@dataclass(frozen=True)
+class Sweep:
+    """What was tried on a runtime before the contest."""
+
+    latency: Setting
+    """The soonest for one text."""
+    throughput: Setting
+    """The fastest for many."""
+    best_size: int
+    speeds: dict[int, float]
+    """Texts a second at each batch size."""
+
+
+def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]]:
+    """Measure throughput and latency of every runtime and both baselines.
 
     Returns:
-        `runtimes`, `best`, `baselines` and `speedup` of the stage's metrics, without memory.
+        `runtimes`, `best`, `baselines` and `speedup` of the stage's metrics, without memory; and the settings that
+        won, for latency and for throughput.
     """
-    swept = {name: _sweep(contest, name) for name in RUNTIMES}
-    throughput = _throughput(contest, {name: _best_size(speeds) for name, speeds in swept.items()})
-    latency = _latency(contest)
-    fastest = max(RUNTIMES, key=lambda name: statistics.median(throughput[name]))
-    soonest = min(RUNTIMES, key=lambda name: _p50(latency[name]))
+    swept = {name: _sweep(contest, name) for name in contest.runtimes}
+    throughput = _throughput(contest, {name: sweep.throughput for name, sweep in swept.items()})
+    latency = _latency(contest, {name: sweep.latency for name, sweep in swept.items()})
+    fastest = max(swept, key=lambda name: statistics.median(throughput[name]))
+    soonest = min(swept, key=lambda name: _p50(latency[name]))
     runtimes = {
         name: {
             "latency_ms": _percentiles(latency[name]),
-            "texts_per_second": {str(size): speed for size, speed in swept[name].items()},
-            "best_batch_size": _best_size(swept[name]),
+            "texts_per_second": {str(size): speed for size, speed in sweep.speeds.items()},
+            "best_batch_size": sweep.best_size,
             "best_texts_per_second": statistics.median(throughput[name]),
+            "latency_setting": asdict(sweep.latency),
+            "throughput_setting": asdict(sweep.throughput),
         }
-        for name in RUNTIMES
+        for name, sweep in swept.items()
     }
-    return {
+    metrics = {
         "runtimes": runtimes,
         "best": {
             "latency_runtime": soonest,
             "latency_ms": runtimes[soonest]["latency_ms"],
             "throughput_runtime": fastest,
-            "batch_size": runtimes[fastest]["best_batch_size"],
+            "batch_size": swept[fastest].best_size,
             "texts_per_second": runtimes[fastest]["best_texts_per_second"],
         },
         "baselines": {name: _baseline(contest, name, throughput[name], latency[name]) for name in BASELINES},
@@ -77,28 +106,70 @@ def measure_speed(contest: Contest) -> dict[str, Any]:
             },
         },
     }
+    return metrics, {"latency": swept[soonest].latency, "throughput": swept[fastest].throughput}
 
 
-def _sweep(contest: Contest, name: str) -> dict[int, float]:
-    """Texts a second at each batch size, each tried once on a short sample after a run to warm up."""
-    model, texts = contest.model, contest.sample(min(_SHORT_TEXTS, contest.params.throughput_texts))
-    runtime = open_exported(name, model, goal="throughput")
-    speeds = {}
+def _sweep(contest: Contest, name: str) -> Sweep:
+    """Try batch sizes, then ways to share the processors, each once on a short sample after a run to warm up.
+
+    A batch size stands for as many tokens as so many texts of average length have.
+    """
+    texts = contest.sample(min(_SHORT_TEXTS, contest.params.throughput_texts))
+    mean_length = statistics.fmean(len(row) for row in contest.model.encode(texts))
+    several, *others = _ways(name, "throughput")
+    settings = {
+        size: Setting(name, *several, batch_tokens=round(size * mean_length)) for size in contest.params.batch_sizes
+    }
+    speeds = {size: _speed(contest, setting, texts) for size, setting in settings.items()}
+    best = max(speeds, key=lambda size: speeds[size])
+    tried = {settings[best]: speeds[best]}
+    for way in others:
+        setting = Setting(name, *way, batch_tokens=settings[best].batch_tokens)
+        tried[setting] = _speed(contest, setting, texts)
+    singles = [Setting(name, *way, batch_tokens=settings[best].batch_tokens) for way in _ways(name, "latency")]
+    return Sweep(
+        latency=min(singles, key=lambda setting: _trial_latency(contest, setting)) if len(singles) > 1 else singles[0],
+        throughput=max(tried, key=lambda setting: tried[setting]),
+        best_size=best,
+        speeds=speeds,
+    )
+
+
+def _ways(name: str, goal: Goal) -> list[tuple[int | None, int | None]]:
+    """Threads and streams worth trying, the likeliest first; a GPU has one way."""
+    processors = thread_limit() or len(usable_processors())
+    if name not in _CPU_RUNTIMES or processors == 1:
+        return [(None, None)]
+    if goal == "latency":
+        return [(processors, 1), (1, 1)]
+    # OpenVINO shares all its threads out among the streams.
+    return [(1 if name == REFERENCE_RUNTIME else processors, processors), (processors, 1)]
+
+
+def _speed(contest: Contest, setting: Setting, texts: Sequence[str]) -> float:
+    runtime = open_setting(setting, contest.model, "throughput")
+    work = _counting(partial(_answer_all, contest.model, runtime, setting, texts), len(texts))
+    work()
     with uncollected():
-        for size in contest.params.batch_sizes:
-            work = _counting(partial(predict_exported, model, runtime, texts, size), len(texts))
-            work()
-            speeds[size] = items_per_second(work)
-    return speeds
+        return items_per_second(work)
 
 
-def _throughput(contest: Contest, sizes: Mapping[str, int]) -> dict[str, list[float]]:
+def _trial_latency(contest: Contest, setting: Setting) -> float:
+    answer = partial(_answer, contest.model, open_setting(setting, contest.model, "latency"))
+    texts = contest.sample(_SINGLE_TRIALS)
+    for text in texts:
+        answer(text)
+    with uncollected():
+        return statistics.median(durations(answer, texts))
+
+
+def _throughput(contest: Contest, settings: Mapping[str, Setting]) -> dict[str, list[float]]:
     params = contest.params
     texts, naive_texts = contest.sample(params.throughput_texts), contest.sample(params.naive_texts)
     contenders: dict[str, Callable[[], int]] = {}
-    for name in RUNTIMES:
-        runtime = open_exported(name, contest.model, goal="throughput")
-        work = partial(predict_exported, contest.model, runtime, texts, sizes[name])
+    for name, setting in settings.items():
+        runtime = open_setting(setting, contest.model, "throughput")
+        work = partial(_answer_all, contest.model, runtime, setting, texts)
         work()  # OpenVINO prepares each shape when it first sees it, which a service does once in its life
         contenders[name] = _counting(work, len(texts))
     for name, baseline_texts in zip(BASELINES, (texts, naive_texts), strict=True):
@@ -110,14 +181,14 @@ def _throughput(contest: Contest, sizes: Mapping[str, int]) -> dict[str, list[fl
     return interleave(contenders, params.rounds, contest.seed, warm_up_rounds=0)
 
 
-def _latency(contest: Contest) -> dict[str, list[list[float]]]:
+def _latency(contest: Contest, settings: Mapping[str, Setting]) -> dict[str, list[list[float]]]:
     params = contest.params
     texts = contest.sample(params.single_texts)
     rounds = min(params.rounds, len(texts))
     every_length = list({len(row): text for row, text in zip(contest.model.encode(texts), texts, strict=True)}.values())
     contenders: dict[str, tuple[Callable[[str], object], Sequence[str]]] = {}
-    for name in RUNTIMES:
-        answer = partial(_answer, contest.model, open_exported(name, contest.model, goal="latency"))
+    for name, setting in settings.items():
+        answer = partial(_answer, contest.model, open_setting(setting, contest.model, "latency"))
         for text in every_length:
             answer(text)
         contenders[name] = (answer, texts)
@@ -127,6 +198,10 @@ def _latency(contest: Contest) -> dict[str, list[list[float]]]:
             serve(text)
         contenders[name] = (serve, share)
     return interleave_latency(contenders, rounds, contest.seed)
+
+
+def _answer_all(model: Exported, runtime: ExportedRuntime, setting: Setting, texts: Sequence[str]) -> None:
+    predict_exported(model, runtime, texts, batch_tokens=setting.batch_tokens)
 
 
 def _answer(model: Exported, runtime: ExportedRuntime, text: str) -> int:
@@ -154,10 +229,6 @@ def _baseline(
         "batch_size": contest.params.baseline_batch_size,
         "padded_to": contest.services[name].length or "longest in the batch",
     }
-
-
-def _best_size(speeds: Mapping[int, float]) -> int:
-    return max(speeds, key=lambda size: speeds[size])
 
 
 def _medians(rounds: Sequence[Sequence[float]]) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from stages.core.artifacts import write_json
@@ -12,7 +14,9 @@ from stages.core.onnx_graph import export_onnx
 from stages.core.quantized import QuantizedLinear
 from stages.core.stage import StageRun, command
 from stages.core.tasks import get_task
+from stages.export.fusion import Fusion, count_int8_products, fuse_onnxruntime, fuse_openvino
 from stages.export.parity import largest_difference
+from stages.export.size import expected_bytes, largest_bytes
 
 
 def run_export(run: StageRun) -> dict[str, Any]:
@@ -34,6 +38,13 @@ def run_export(run: StageRun) -> dict[str, Any]:
             f"{run.inputs['model']}: ONNX Runtime and PyTorch differ by {difference:.3g} in a logit, "
             f"tolerated {tolerance:.3g}; nothing was exported"
         )
+    model_bytes = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+    hold_size(model_bytes, largest_bytes(model, len(proto.graph.node), params.size_allowance), run.inputs["model"])
+    int8_products = count_int8_products(proto.graph)
+    fusions = {"onnxruntime": fuse_onnxruntime(path), "openvino": fuse_openvino(path)}
+    for name, fusion in fusions.items():
+        run.say(describe(name, fusion, int8_products))
+        hold_fusion(name, fusion, int8_products, params.int8_fused, run.inputs["model"])
     copy_tokenizer(data / "tokenizer", folder)
     description = {
         "task": run.params.task.kind,
@@ -49,10 +60,47 @@ def run_export(run: StageRun) -> dict[str, Any]:
     write_json(folder / HEADROOM_FILE, description)
     return {
         "parameters": count_parameters(model),
-        "model_bytes": path.stat().st_size,
+        "model_bytes": model_bytes,
+        "tensor_bytes": expected_bytes(model),
         "nodes": len(proto.graph.node),
+        "int8_products": int8_products,
+        "fused": {name: asdict(fusion) for name, fusion in fusions.items()},
         "largest_difference": difference,
     }
+
+
+def describe(runtime: str, fusion: Fusion, int8_products: int) -> str:
+    """One line about what a runtime fused."""
+    return (
+        f"{runtime}: {fusion.nodes} nodes; fused {fusion.attention} attention, {fusion.layer_norm} layer norm, "
+        f"{fusion.gelu} GELU, {fusion.int8_products} of {int8_products} int8 products"
+    )
+
+
+def hold_fusion(runtime: str, fusion: Fusion, int8_products: int, share: float, where: Path) -> None:
+    """Refuse a graph whose int8 products a runtime would compute in float.
+
+    Raises:
+        UserError: if less than `share` of them fuse.
+    """
+    if fusion.int8_products < share * int8_products:
+        raise UserError(
+            f"{where}: {runtime} computes {fusion.int8_products} of {int8_products} int8 products in integers, "
+            f"export.int8_fused wants {share:.0%}; nothing was exported. quantize.enabled: false exports floats"
+        )
+
+
+def hold_size(model_bytes: int, largest: int, where: Path) -> None:
+    """Refuse a file that holds more than the model.
+
+    Raises:
+        UserError: if it is larger than `largest`.
+    """
+    if model_bytes > largest:
+        raise UserError(
+            f"{where}: the ONNX file takes {model_bytes} bytes where its tensors and graph explain {largest}; "
+            "nothing was exported. export.size_allowance is the share that may be added"
+        )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flows.predict import run_predict
-from stages.core.artifacts import write_json
+from flows.predict import classify, run_predict
+from stages.core.artifacts import read_json, write_json
 from stages.core.cascade import load_exported, open_exported, predict_exported
+from stages.core.choice import DEFAULT, Setting, write_choice
 from stages.core.errors import UserError
 from stages.core.runtimes import ExportedModel, open_runtime, predict
 from stages.core.tables import parse_table, read_table, render_table, write_table
@@ -127,19 +128,47 @@ def test_the_runtime_can_be_chosen(
     assert json.loads(capfd.readouterr().out)["runtime"] == runtime
 
 
-def test_the_fastest_measured_runtime_is_the_default(
-    exported_copy: Path, folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+FASTEST = Setting("openvino-cpu", threads=1, streams=1, batch_tokens=55)
+
+
+@pytest.fixture
+def variant(exported_copy: Path, folder: Path) -> Path:
+    """A variant of the export stage, with the choice of the evaluate stage."""
     variant = folder / "artifacts/export/quantize"
     variant.parent.mkdir(parents=True)
     exported_copy.rename(variant)
-    best = {"throughput_runtime": "openvino-cpu", "batch_size": 5}
-    write_json(folder / "artifacts/evaluate/quantize/metrics.json", {"best": best})
+    write_choice(folder / "artifacts/evaluate/quantize/runtime.json", {"latency": DEFAULT, "throughput": FASTEST}, {})
     (folder / "in.txt").write_text("the cat\n")
+    return variant
+
+
+def test_the_fastest_measured_setting_is_the_default(variant: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for model in (variant, variant / "model", Path("artifacts/export/quantize")):
         go(model, "in.txt", json_=True)
         summary = json.loads(capfd.readouterr().out)
-        assert (summary["runtime"], summary["batch_size"]) == ("openvino-cpu", 5)
+        assert (summary["runtime"], summary["batch_tokens"], summary["batch_size"]) == ("openvino-cpu", 55, None)
+
+
+def test_a_choice_of_another_machine_is_told_and_not_used(
+    variant: Path, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "artifacts/evaluate/quantize/runtime.json"
+    write_json(path, {**read_json(path), "fingerprint": "0" * 64})
+    go(variant, "in.txt", json_=True)
+    told = capfd.readouterr()
+    assert json.loads(told.out)["runtime"] == "onnxruntime-cpu"
+    assert "measured on another machine" in told.err
+
+
+def test_chunks_come_out_in_order(exported_unit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ExportedModel.load(exported_unit)
+    texts = [f"the {word}" for word in ("cat", "one two", "paris", "dog", "many few river") * 7]
+    runtime = open_runtime("onnxruntime-cpu", model, goal="throughput")
+    whole = classify(model, runtime, texts, batch_tokens=40)
+    monkeypatch.setattr("flows.predict._CHUNK", 4)
+    labels, scores = classify(model, runtime, texts, batch_tokens=40)
+    assert labels == whole[0]
+    assert scores == pytest.approx(whole[1], abs=1e-5)
 
 
 def test_a_cascade_is_a_model_like_any_other(
@@ -156,8 +185,7 @@ def test_a_cascade_is_a_model_like_any_other(
     assert out["id"].tolist() == odd_table()["id"].tolist()
     assert out["label"].tolist() == [loaded.labels[index] for index in labels]
     assert numpy.allclose([float(score) for score in out["score"]], probabilities.max(axis=1), atol=1e-5)
-    best = {"throughput_runtime": "openvino-cpu", "batch_size": 5}
-    write_json(folder / "artifacts/evaluate/cascade/metrics.json", {"best": best})
+    write_choice(folder / "artifacts/evaluate/cascade/runtime.json", {"latency": DEFAULT, "throughput": FASTEST}, {})
     go(cascade, "in.csv", json_=True)
     assert json.loads(capfd.readouterr().out)["runtime"] == "openvino-cpu"
 

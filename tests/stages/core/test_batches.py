@@ -2,7 +2,7 @@ import numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.batches import length_batches, pad
+from stages.core.batches import length_batches, pad, token_batches
 from stages.core.tensors import shuffled_batches
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=80)
@@ -15,6 +15,17 @@ def test_length_batches_hold_every_index_once_in_order_of_length(lengths: list[i
     assert sorted(flat) == list(range(len(lengths)))
     assert [lengths[i] for i in flat] == sorted(lengths)
     assert all(len(batch) == size for batch in batches[:-1])
+
+
+@given(lengths, st.integers(1, 200))
+def test_token_batches_keep_their_budget_and_could_hold_no_more(lengths: list[int], tokens: int) -> None:
+    batches = token_batches(lengths, tokens)
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat) == list(range(len(lengths)))
+    assert [lengths[i] for i in flat] == sorted(lengths)
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        assert len(batch) == 1 or len(batch) * lengths[batch[-1]] <= tokens
+        assert following is None or (len(batch) + 1) * lengths[following[0]] > tokens
 
 
 @given(lengths, st.integers(1, 16), st.integers(0, 9))

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from stages.core import hardware
-from stages.core.hardware import describe_cpu, describe_hardware, list_gpus, memory_gib, peak_memory_mb, quota_cores
+from stages.core.hardware import (
+    describe_cpu,
+    describe_hardware,
+    int8_saturates,
+    list_gpus,
+    memory_gib,
+    peak_memory_mb,
+    quota_cores,
+)
 
 XEON = """processor\t: {number}
 model name\t: Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz
@@ -134,3 +142,18 @@ def test_peak_memory_grows_with_use() -> None:
     block = bytearray(os.urandom(1)) * (300 * 2**20)
     assert peak_memory_mb() >= min(before + 1, 300)
     assert len(block) == 300 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "expected"),
+    [
+        ("x86_64", ["avx2"], True),
+        ("x86_64", ["avx2", "avx512f"], True),
+        ("x86_64", ["avx2", "avx_vnni"], False),
+        ("AMD64", ["avx2", "avx512_vnni", "avx512f"], False),
+        ("x86_64", ["amx_int8"], False),
+        ("aarch64", ["neon"], False),
+    ],
+)
+def test_int8_saturates_on_x86_without_vnni(machine: str, features: list[str], expected: bool) -> None:
+    assert int8_saturates(machine, features) == expected

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from stages.core.artifacts import write_json, write_manifest
 from stages.core.errors import UserError
-from stages.core.runtimes import ExportedModel, available_runtimes, open_runtime, predict
+from stages.core.runtimes import ExportedModel, available_runtimes, open_runtime, predict, safe_runtimes
 
 TEXTS = ["the cat", "", "how many ? how many ? how many", "paris " * 200, "\x00\u202e😀 ﷽", "half a pair \ud800", "dog"]
 
@@ -54,6 +55,28 @@ def test_agrees_with_pytorch(model: ExportedModel, tiny_checkpoint: Path, name: 
     many = runtime.logits_many([(input_ids, attention_mask), (input_ids[:1], attention_mask[:1])])
     assert [part.shape for part in many] == [(2, 3), (1, 3)]
     assert numpy.abs(many[0] - got).max() < tolerance
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cpu", "openvino-cpu"])
+def test_streams_and_token_budgets_change_no_answer(model: ExportedModel, name: str) -> None:
+    expected = predict(model, open_runtime(name, model), TEXTS * 5, batch_size=1)[1]
+    runtime = open_runtime(name, model, threads=1, goal="throughput", streams=3)
+    tolerance = 1e-5 if runtime.precision == "f32" else 0.05
+    for batch_tokens in (1, 30, 1000):
+        got = predict(model, runtime, TEXTS * 5, batch_tokens=batch_tokens)[1]
+        assert numpy.abs(got - expected).max() < tolerance
+
+
+def test_int8_avoids_runtimes_that_saturate(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = replace(model, quantized=True)
+    monkeypatch.setattr("stages.core.runtimes.int8_saturates", lambda *_: True)
+    assert "openvino-cpu" not in safe_runtimes(quantized)
+    assert "onnxruntime-cpu" in safe_runtimes(quantized)
+    safe = predict(quantized, open_runtime("onnxruntime-cpu", quantized), TEXTS, 2)[1]
+    assert numpy.abs(safe - predict(model, open_runtime("onnxruntime-cpu", model), TEXTS, 2)[1]).max() < 1e-5
+    assert safe_runtimes(model) == available_runtimes()
+    monkeypatch.setattr("stages.core.runtimes.int8_saturates", lambda *_: False)
+    assert safe_runtimes(quantized) == available_runtimes()
 
 
 @pytest.mark.parametrize("name", ["onnxruntime-cpu", "openvino-cpu"])

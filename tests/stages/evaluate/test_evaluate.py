@@ -15,10 +15,11 @@ import yaml
 from stages.core.artifacts import read_json, write_json
 from stages.core.cascade import CascadeModel, open_exported, predict_exported
 from stages.core.checkpoints import load_model
+from stages.core.choice import DEFAULT, Setting, read_choice
 from stages.core.errors import UserError
 from stages.core.observe.tracking import RunRecord, flatten
 from stages.core.params import Params, QualityParams, parse_params
-from stages.core.runtimes import ExportedModel, open_runtime, predict
+from stages.core.runtimes import ExportedModel, Goal, open_runtime, predict
 from stages.core.stage import StageRun
 from stages.evaluate.__main__ import run_evaluate
 from stages.evaluate.baselines import PyTorchService, naive_length
@@ -116,6 +117,22 @@ def test_speed_is_told_for_both_runtimes_and_both_baselines(evaluated: Evaluated
     assert metrics["speedup"]["throughput_over_naive"]["median"] > 1.0
 
 
+def test_the_choice_is_that_of_the_metrics(evaluated: Evaluated) -> None:
+    metrics, folder = evaluated
+    for goal in ("latency", "throughput"):
+        setting, problem = read_choice(folder / "runtime.json", cast(Goal, goal))
+        name = metrics["best"][f"{goal}_runtime"]
+        assert problem is None
+        assert setting == Setting(**metrics["runtimes"][name][f"{goal}_setting"])
+        assert setting.runtime == name
+
+
+def test_runtimes_that_saturate_are_left_out(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.evaluate.__main__.safe_runtimes", lambda model: ["onnxruntime-cpu"])
+    metrics = run_evaluate(make_run(small_params(single_texts=4, throughput_texts=4)))
+    assert set(metrics["runtimes"]) == {"onnxruntime-cpu"}
+
+
 def test_tables_hold_a_row_a_text(evaluated: Evaluated, tiny_data: Path) -> None:
     metrics, folder = evaluated
     test = pandas.read_parquet(tiny_data / "test.parquet")
@@ -190,4 +207,4 @@ def test_a_worse_variant_falls_below_the_floor() -> None:
 
 def test_memory_is_that_of_a_process_that_only_serves(exported_unit: Path) -> None:
     # This process holds PyTorch and more; a serving one holds a runtime and a tokenizer.
-    assert 20 < serving_memory_mb(exported_unit, "onnxruntime-cpu", ["the cat", ""], 2) < 250
+    assert 20 < serving_memory_mb(exported_unit, DEFAULT, ["the cat", ""]) < 250

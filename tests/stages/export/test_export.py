@@ -10,11 +10,15 @@ from torch import nn
 
 from stages.core.batches import pad
 from stages.core.checkpoints import load_model
+from stages.core.errors import UserError
 from stages.core.examples import load_examples
 from stages.core.onnx_graph import export_onnx
 from stages.core.params import ActivationParams
 from stages.core.structure import encoder_layers, keep_parts
+from stages.export.__main__ import hold_fusion, hold_size
+from stages.export.fusion import Fusion, count_int8_products, fuse_onnxruntime, fuse_openvino
 from stages.export.parity import largest_difference
+from stages.export.size import expected_bytes, largest_bytes
 from stages.quantize.__main__ import quantizable_layers, quantize_model
 from stages.quantize.observe import choose_range, collect_inputs
 
@@ -86,13 +90,42 @@ def test_quantized_layers_carry_int8_weights(
     assert sum(len(tensor.dims) == 2 for tensor in int8) == layers
 
 
-def test_onnx_runtime_fuses_integer_products(exported: dict[str, tuple[nn.Module, Path]], tmp_path: Path) -> None:
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(str(exported["static"][1]), options, providers=["CPUExecutionProvider"])
-    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
-    assert kinds["MatMulIntegerToFloat"] == 2 * 6  # the pooler's product is a Gemm, on one token a text
+@pytest.mark.parametrize("name", ["float", "static", "dynamic"])
+def test_both_runtimes_fuse_the_graph(name: str, exported: dict[str, tuple[nn.Module, Path]]) -> None:
+    path = exported[name][1]
+    products = count_int8_products(onnx.load(path).graph)
+    assert products == (0 if name == "float" else 2 * 6 + 1)
+    for fusion in (fuse_onnxruntime(path), fuse_openvino(path)):
+        assert (fusion.layer_norm, fusion.gelu) == (2 * 2 + 1, 2)
+        # A pooler on a dynamic range loses its place to the fusion of MatMul and Tanh in ONNX Runtime.
+        assert fusion.int8_products >= products - (name == "dynamic")
+        hold_fusion("", fusion, products, 0.9, path)
+    assert fuse_onnxruntime(path).nodes < 85
+    assert fuse_openvino(path).attention == 2
+
+
+def test_int8_products_that_do_not_fuse_are_refused(tmp_path: Path) -> None:
+    fusion = Fusion(nodes=9, attention=0, layer_norm=1, gelu=1, int8_products=5)
+    hold_fusion("openvino", fusion, 5, 1.0, tmp_path)
+    with pytest.raises(UserError, match=r"openvino computes 5 of 6 int8 products in integers, .* wants 90%"):
+        hold_fusion("openvino", fusion, 6, 0.9, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["float", "static", "dynamic"])
+def test_the_file_is_as_large_as_its_tensors(name: str, exported: dict[str, tuple[nn.Module, Path]]) -> None:
+    model, path = exported[name]
+    nodes = len(onnx.load(path).graph.node)
+    hold_size(path.stat().st_size, largest_bytes(model, nodes, 0.02), path)
+    with pytest.raises(UserError, match=r"the ONNX file takes \d+ bytes where"):
+        hold_size(path.stat().st_size + 40_000, largest_bytes(model, nodes, 0.02), path)
+
+
+def test_tied_tensors_count_once_and_bits_count() -> None:
+    first = nn.Linear(3, 5, bias=False)
+    second = nn.Linear(3, 5, bias=False)
+    second.weight = first.weight
+    assert expected_bytes(nn.Sequential(first, second)) == 3 * 5 * 4
+    assert expected_bytes(nn.Linear(3, 5).half()) == (3 * 5 + 5) * 2
 
 
 def test_padding_does_not_change_the_answer(exported: dict[str, tuple[nn.Module, Path]], rows: list[list[int]]) -> None:
