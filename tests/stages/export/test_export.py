@@ -15,11 +15,11 @@ from stages.core.onnx_graph import export_onnx
 from stages.core.params import ActivationParams
 from stages.core.structure import encoder_layers, keep_parts
 from stages.export.parity import largest_difference
-from stages.quantize.__main__ import quantizable_layers, quantize_model
 from stages.quantize.observe import choose_range, collect_inputs
+from stages.quantize.recipes import quantizable_layers, quantize_model
 
 NAMES = ["input_ids", "attention_mask"]
-OBSERVER = ActivationParams(mode="static", observer="minmax", percentile=100.0)
+OBSERVER = ActivationParams(observer="minmax", percentile=100.0)
 
 
 @pytest.fixture(scope="module")
