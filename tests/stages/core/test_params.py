@@ -112,6 +112,8 @@ def test_the_nearest_valid_name_is_offered_at_the_place_the_file_has_it(path: st
         ("distill.layers", [0, 0], "distill: layers must ascend, each once"),
         ("distill.layers", [], "distill.layers: List should have at least 1 item"),
         ("distill.weights", {"soft": 0.0, "hard": 0.0, "hidden": 1.0}, "soft and hard must not both be 0"),
+        ("quantize.recipes", ["bf16", "bf16"], "quantize: recipes must each be named once"),
+        ("quantize.smoothing.strengths", [0.5], "quantize.smoothing: strengths must hold 0.0"),
         ("tokenize.tokenizer", {"kind": "bpe", "vocabulary_size": 999, "lowercase": True}, "trains a new vocabulary"),
         ("acquire.checkpoint", {"kind": "scratch", "config": {}}, "scratch has no tokenizer"),
     ],
