@@ -29,7 +29,9 @@ def run_quantize(run: StageRun) -> dict[str, Any]:
     write_json(run.staging / LAYERS_FILE, attempt.layers)
     return {
         "recipe": taken,
-        "attempts": {name: verdict.to_json() for name, verdict in verdicts.items()},
+        "attempts": {
+            name: {"place": place, **verdict.to_json()} for place, (name, verdict) in enumerate(verdicts.items(), 1)
+        },
         "parameters": count_parameters(attempt.model),
         "stored_bytes": sum(tensor.nbytes for tensor in attempt.model.state_dict().values()),
         "before": before,
