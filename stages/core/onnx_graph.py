@@ -12,7 +12,8 @@ from typing import Any
 
 import onnx
 import torch
-from onnxscript import opset21 as operators
+from onnxscript import opset20 as operators
+from onnxscript import opset21 as operators_with_groups
 from torch import Tensor, nn
 
 from stages.core.errors import UserError
@@ -84,7 +85,7 @@ def _dynamic_quantize(inputs: Any) -> Any:
 
 
 def _dequantize_groups(packed: Any, scale: Any, zero_point: Any, rows: int, columns: int, group: int, bits: int) -> Any:
-    return operators.DequantizeLinear(packed, scale, zero_point, axis=0, block_size=group)
+    return operators_with_groups.DequantizeLinear(packed, scale, zero_point, axis=0, block_size=group)
 
 
 _TRANSLATIONS: dict[Any, Any] = {
