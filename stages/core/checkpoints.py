@@ -1,6 +1,6 @@
 """Checkpoints: the Hugging Face folder, plus `headroom.json` for what that form cannot say.
 
-`headroom.json` holds the width of every layer after pruning, which linear layers are int8, and the lineage. One call
+`headroom.json` holds the width of every layer after pruning, how parts are quantized, and the lineage. One call
 loads any of them back with the same logits. Weights are safetensors; pickles are never read.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from stages.core.artifacts import digest, read_json, write_json
 from stages.core.errors import UserError
-from stages.core.quantized import ActivationRange, QuantizedLinear, replace_module
+from stages.core.quantized import describe_quantized, quantized_parts, rebuild_quantized
 from stages.core.structure import is_compressible, layer_widths, set_widths, widths_from_json, widths_to_json
 
 HEADROOM_FILE = "headroom.json"
@@ -53,15 +52,10 @@ def save_model(
     config.save_pretrained(folder)
     _write_weights({**(leftovers or {}), **_without_ties(model)}, folder)
     copy_tokenizer(tokenizer, folder)
-    quantized = {
-        name: None if module.activations is None else asdict(module.activations)
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
-    }
     description = {
         "format": FORMAT,
         "widths": widths_to_json(layer_widths(model)) if is_compressible(model) else None,
-        "quantized": quantized,
+        "quantized": describe_quantized(model),
         "lineage": lineage,
     }
     write_json(folder / HEADROOM_FILE, description)
@@ -81,10 +75,7 @@ def load_model(folder: Path) -> nn.Module:
     model: nn.Module = architecture(config)
     if description["widths"] is not None:
         set_widths(model, widths_from_json(description["widths"]))
-    for name, entry in description["quantized"].items():
-        linear: Any = model.get_submodule(name)
-        activations = None if entry is None else ActivationRange(**entry)
-        replace_module(model, name, QuantizedLinear(linear.in_features, linear.out_features, activations))
+    rebuild_quantized(model, description["quantized"])
     _load_weights(model, folder)
     return model.eval()
 
@@ -125,10 +116,8 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count weights, int8 ones included; scales and tables of positions do not count."""
-    quantized = sum(
-        module.weight.numel() + module.bias.numel() for module in model.modules() if isinstance(module, QuantizedLinear)
-    )
+    """Count weights, quantized ones included; scales and tables of positions do not count."""
+    quantized = sum(part.count_parameters() for part in quantized_parts(model).values())
     return sum(parameter.numel() for parameter in model.parameters()) + quantized
 
 

@@ -13,11 +13,15 @@ from typing import Any
 import onnx
 import torch
 from onnxscript import opset20 as operators
+from onnxscript import opset21 as operators_with_groups
 from torch import Tensor, nn
 
+from stages.core.errors import UserError
 from stages.core.lean import LeanClassifier, fits
+from stages.core.quantized import GroupedLinear
 
 _SAMPLE_TEXTS, _SAMPLE_LENGTH = 2, 7
+_FIRST_OPSET_WITH_GROUPS = 21
 _LARGEST_INLINE_BYTES = 2**31 - 2**20  # protobuf's limit
 
 
@@ -48,7 +52,12 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
 
     Returns:
         the model written.
+
+    Raises:
+        UserError: if weights are in groups and the operator set has none.
     """
+    if opset < _FIRST_OPSET_WITH_GROUPS and _grouped_layers(model):
+        raise UserError(f"export.opset: weights in groups need {_FIRST_OPSET_WITH_GROUPS} or higher, got {opset}")
     ids = torch.ones(_SAMPLE_TEXTS, _SAMPLE_LENGTH, dtype=torch.int64)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with _quietly():
@@ -60,11 +69,12 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
             output_names=[output],
             dynamic_shapes=(axes, axes),
             opset_version=opset,
-            custom_translation_table={torch.ops.headroom.quantize_by_own_range.default: _dynamic_quantize},
+            custom_translation_table=_TRANSLATIONS,
             verbose=False,
         )
     _strip_traces(program.model)
     proto: onnx.ModelProto = program.model_proto
+    _give_groups_their_type(proto, model)
     if proto.ByteSize() > _LARGEST_INLINE_BYTES:
         program.save(path, external_data=True)
     else:
@@ -85,6 +95,33 @@ def _strip_traces(model: Any) -> None:
 def _dynamic_quantize(inputs: Any) -> Any:
     levels, scale, zero_point = operators.DynamicQuantizeLinear(inputs)
     return operators.DequantizeLinear(levels, scale, zero_point)
+
+
+def _dequantize_groups(packed: Any, scale: Any, zero_point: Any, rows: int, columns: int, group: int, bits: int) -> Any:
+    return operators_with_groups.DequantizeLinear(packed, scale, zero_point, axis=0, block_size=group)
+
+
+_TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.headroom.quantize_by_own_range.default: _dynamic_quantize,
+    torch.ops.headroom.dequantize_groups.default: _dequantize_groups,
+}
+
+
+def _grouped_layers(model: nn.Module) -> dict[str, GroupedLinear]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, GroupedLinear)}
+
+
+def _give_groups_their_type(proto: onnx.ModelProto, model: nn.Module) -> None:
+    """PyTorch has no 4-bit tensors: the packed bytes are those of ONNX's UINT4, and get its type and shape here."""
+    initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
+    told = {value.name: value for value in proto.graph.value_info}
+    for name, layer in _grouped_layers(model).items():
+        for part, rows in (("weight", layer.in_features), ("zero_point", layer.in_features // layer.group)):
+            tensor = initializers[f"model.{name}.{part}"]
+            tensor.data_type = onnx.TensorProto.UINT4 if layer.bits == 4 else onnx.TensorProto.UINT8
+            tensor.dims[:] = [rows, layer.out_features]
+            if tensor.name in told:
+                proto.graph.value_info.remove(told[tensor.name])
 
 
 @contextlib.contextmanager

@@ -410,25 +410,87 @@ class PruneParams(Section):
 
 
 class ActivationParams(Section):
-    """How activations become int8."""
+    """How the static range of activations is chosen."""
 
-    mode: Literal["static", "dynamic"]
-    """static: ranges from calibration; dynamic: ranges from each input."""
-    observer: Literal["minmax", "percentile", "mse"]
-    """How a static range is chosen."""
+    observer: Literal["minmax", "percentile", "entropy", "mse"]
+    """minmax covers everything; percentile leaves outliers out; entropy loses the least information (2004.09602);
+    mse has the least squared error."""
     percentile: Annotated[float, Field(gt=50.0, le=100.0)]
     """For observer percentile."""
 
 
-class QuantizeParams(Section):
-    """Post-training int8."""
+class SmoothingParams(Section):
+    """SmoothQuant (2211.10438): large activations become large weights, channel by channel, before rounding."""
 
-    enabled: bool
-    """false hands the checkpoint on in float."""
-    activations: ActivationParams
-    calibration_texts: Number
+    strengths: Annotated[list[Fraction], Field(min_length=1)]
+    """Tried for every layer; the one with the least error of the layer's output is taken. 0 leaves a layer alone."""
+    least_gain: ProperFraction
+    """Where the factors need a multiplication of their own, the share of the error that they must take away."""
+
+    @model_validator(mode="after")
+    def _may_be_left_out(self) -> Self:
+        if 0.0 not in self.strengths:
+            raise ValueError("strengths must hold 0.0, for layers that smoothing makes worse")
+        return self
+
+
+class QuantizedTrainingParams(Section):
+    """Training with rounding simulated (LSQ, 1902.08153), taught by the float model's answers."""
+
+    epochs: Count
+    """0 leaves it out."""
+    temperature: Positive
+    optimizer: OptimizerParams
+
+
+class WeightOnlyParams(Section):
+    """Weights in groups of inputs that share scale and zero point; activations stay float."""
+
+    method: Literal["nearest", "hqq", "gptq"]
+    """nearest: round to nearest; hqq: half-quadratic quantization; gptq: errors made good by later weights
+    (2210.17323)."""
+    group: Literal[16, 32, 64, 128]
+    """Inputs a group; a layer whose inputs it does not divide takes the next smaller one that does."""
+
+
+class GateParams(Section):
+    """What a recipe must keep on the validation split."""
+
     tolerated_loss: Fraction
-    """Validation score that quantization may cost; the layers that hurt most return to float until it is met."""
+    """Score, paired with the float model's on the same texts, that quantization may cost."""
+    bootstrap_samples: Number
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
+    """Of the interval reported beside the loss."""
+
+
+Scheme = Literal["int8_static", "int8_mixed", "int8_dynamic", "int8_weights", "int4_weights", "bf16", "fp16"]
+
+
+class QuantizeParams(Section):
+    """Fewer bits for weights and activations."""
+
+    recipes: list[Scheme]
+    """In order of preference: the first that passes the gate is taken, the float model where none does. Empty hands
+    the checkpoint on. int8_mixed is int8_static with the fewest layers left in float that pass."""
+    gate: GateParams
+    embeddings: Literal["int8", "float"]
+    """int8 gives every row its scale; of no effect on bf16 and fp16, which hold embeddings as they hold all else."""
+    weight_bits: Literal[7, 8]
+    """Of int8_static, int8_mixed and int8_dynamic. 7 halves the range of weights: right on any CPU. x86 CPUs without
+    VNNI add two products in 16 bits and saturate with 8."""
+    float_share: Fraction
+    """At most this share of layers may int8_mixed leave in float."""
+    calibration_texts: Number
+    activations: ActivationParams
+    smoothing: SmoothingParams
+    training: QuantizedTrainingParams
+    weight_only: WeightOnlyParams
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.recipes)) < len(self.recipes):
+            raise ValueError("recipes must each be named once")
+        return self
 
 
 class ExportParams(Section):

@@ -1,22 +1,34 @@
-"""Linear layers in int8, simulated exactly as the ONNX runtimes compute them.
+"""Linear layers and embeddings in few bits, simulated exactly as the ONNX file computes them.
 
-Weights are symmetric int8 with one scale per output channel; activations are unsigned 8 bit with one scale and zero
-point per tensor (Jacob et al., 1712.05877). `torch.ops.quantized_decomposed` pairs become QuantizeLinear and
-DequantizeLinear in ONNX, which the runtimes fuse into integer matrix products.
+- `QuantizedLinear`: symmetric int8 weights with one scale an output channel; unsigned 8-bit activations with one scale
+  and zero point a tensor (Jacob et al., 1712.05877), and where it pays a factor an input channel (SmoothQuant,
+  2211.10438). `torch.ops.quantized_decomposed` pairs become QuantizeLinear and DequantizeLinear in ONNX, which the
+  runtimes fuse into integer matrix products.
+- `QuantizedEmbedding`: int8 rows with one scale a row; only the rows looked up ever become float.
+- `GroupedLinear`: 4 or 8 bit weights with one scale and zero point for each few inputs of a channel; activations stay
+  float. It becomes a blockwise DequantizeLinear, which ONNX Runtime fuses into MatMulNBits.
+- `HalfLinear`, `HalfEmbedding`: weights in bfloat16 or float16. Which precision multiplies is the runtime's choice:
+  OpenVINO takes bfloat16 and TensorRT float16 where the device has them; ONNX Runtime on a CPU has neither and
+  computes in float32, so the file is half as large there and no faster.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.core.errors import UserError
+
 WEIGHT_LIMIT = 127
 ACTIVATION_LEVELS = 255
 _SMALLEST_SCALE = 1e-8
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -38,11 +50,15 @@ class ActivationRange:
 class QuantizedLinear(nn.Module):
     """A linear layer with int8 weights and 8-bit activations."""
 
+    kind = "linear_int8"
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor
+    input_scale: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, activations: ActivationRange | None):
+    def __init__(
+        self, in_features: int, out_features: int, activations: ActivationRange | None, smoothed: bool = False
+    ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.activations = activations
@@ -50,20 +66,53 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.ones(out_features))
         self.register_buffer("bias", torch.zeros(out_features))
+        self.register_buffer("input_scale", torch.ones(in_features) if smoothed else None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, activations: ActivationRange | None) -> QuantizedLinear:
-        """Quantize a float layer; `activations` None takes the range of each input as it comes."""
-        quantized = cls(linear.in_features, linear.out_features, activations)
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        activations: ActivationRange | None,
+        input_scale: Tensor | None = None,
+        limit: int = WEIGHT_LIMIT,
+    ) -> QuantizedLinear:
+        """Quantize a float layer.
+
+        Args:
+            linear: with weights [out, in].
+            activations: range of its inputs after `input_scale`; None takes that of each input as it comes.
+            input_scale: factor of each input, [in], that the weights divide away again; None for none.
+            limit: the largest weight becomes this level.
+        """
+        quantized = cls(linear.in_features, linear.out_features, activations, input_scale is not None)
         weight = linear.weight.detach()
-        quantized.weight_scale = weight_scales(weight)
-        quantized.weight = quantize_weight(weight, quantized.weight_scale)
+        if input_scale is not None:
+            weight, quantized.input_scale = weight / input_scale, input_scale.clone()
+        quantized.weight_scale = weight_scales(weight, limit)
+        quantized.weight = quantize_weight(weight, quantized.weight_scale, limit)
         if linear.bias is not None:
             quantized.bias = linear.bias.detach().clone()
         return quantized
 
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], replaced: Any) -> QuantizedLinear:
+        """Make the empty layer that `describe` told of, in the place of a float one."""
+        activations = None if entry["activations"] is None else ActivationRange(**entry["activations"])
+        return cls(replaced.in_features, replaced.out_features, activations, entry["smoothed"])
+
+    def describe(self) -> dict[str, Any]:
+        """Say in JSON what the tensors cannot."""
+        activations = None if self.activations is None else asdict(self.activations)
+        return {"kind": self.kind, "activations": activations, "smoothed": self.input_scale is not None}
+
+    def count_parameters(self) -> int:
+        """Count weights and biases."""
+        return self.weight.numel() + self.bias.numel()
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Apply the layer to float inputs [..., in features]."""
+        if self.input_scale is not None:
+            inputs = inputs * self.input_scale
         seen = quantize_by_own_range(inputs) if self.activations is None else quantize(inputs, self.activations)
         zeros = torch.zeros(self.out_features, dtype=torch.int64)
         weight = torch.ops.quantized_decomposed.dequantize_per_channel(
@@ -72,14 +121,250 @@ class QuantizedLinear(nn.Module):
         return functional.linear(seen, weight, self.bias)
 
 
-def weight_scales(weight: Tensor) -> Tensor:
-    """Scale of each output channel, [out]: the largest weight becomes 127."""
-    return (weight.abs().amax(dim=1) / WEIGHT_LIMIT).clamp(min=_SMALLEST_SCALE)
+class QuantizedEmbedding(nn.Module):
+    """An embedding with int8 rows."""
+
+    kind = "embedding_int8"
+    weight: Tensor
+    row_scale: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.register_buffer("weight", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8))
+        self.register_buffer("row_scale", torch.ones(num_embeddings, 1))
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding) -> QuantizedEmbedding:
+        """Quantize the rows of a float embedding."""
+        quantized = cls(embedding.num_embeddings, embedding.embedding_dim)
+        weight = embedding.weight.detach()
+        scales = weight_scales(weight)
+        quantized.weight, quantized.row_scale = quantize_weight(weight, scales), scales[:, None]
+        return quantized
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], replaced: Any) -> QuantizedEmbedding:
+        """Make the empty embedding that `describe` told of, in the place of a float one."""
+        return cls(replaced.num_embeddings, replaced.embedding_dim)
+
+    def describe(self) -> dict[str, Any]:
+        """Say in JSON what the tensors cannot."""
+        return {"kind": self.kind}
+
+    def count_parameters(self) -> int:
+        """Count weights."""
+        return self.weight.numel()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look rows up, [...] -> [..., features]; int8 rows are gathered first, so the table never becomes float."""
+        rows = functional.embedding(ids, self.weight)
+        return rows.float() * functional.embedding(ids, self.row_scale)
 
 
-def quantize_weight(weight: Tensor, scales: Tensor) -> Tensor:
+class GroupedLinear(nn.Module):
+    """A linear layer with 4 or 8 bit weights in groups of inputs; activations stay float."""
+
+    kind = "linear_groups"
+    weight: Tensor
+    zero_point: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bits: int, group: int):
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
+        groups = in_features // group
+        self.register_buffer("weight", pack(torch.zeros(in_features, out_features, dtype=torch.uint8), bits))
+        self.register_buffer("zero_point", pack(torch.zeros(groups, out_features, dtype=torch.uint8), bits))
+        self.register_buffer("scale", torch.ones(groups, out_features))
+        self.register_buffer("bias", torch.zeros(out_features))
+
+    @classmethod
+    def from_levels(
+        cls, linear: nn.Linear, levels: Tensor, zero_point: Tensor, scale: Tensor, bits: int
+    ) -> GroupedLinear:
+        """Take over rounded weights.
+
+        Args:
+            linear: the float layer, for shape and bias.
+            levels: uint8 [in, out], each below 2 ** bits.
+            zero_point: uint8 [groups, out].
+            scale: float [groups, out].
+            bits: 4 or 8.
+        """
+        quantized = cls(linear.in_features, linear.out_features, bits, len(levels) // len(scale))
+        quantized.weight, quantized.zero_point, quantized.scale = pack(levels, bits), pack(zero_point, bits), scale
+        if linear.bias is not None:
+            quantized.bias = linear.bias.detach().clone()
+        return quantized
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], replaced: Any) -> GroupedLinear:
+        """Make the empty layer that `describe` told of, in the place of a float one."""
+        return cls(replaced.in_features, replaced.out_features, entry["bits"], entry["group"])
+
+    def describe(self) -> dict[str, Any]:
+        """Say in JSON what the tensors cannot."""
+        return {"kind": self.kind, "bits": self.bits, "group": self.group}
+
+    def count_parameters(self) -> int:
+        """Count weights and biases."""
+        return self.in_features * self.out_features + self.bias.numel()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the layer to float inputs [..., in features]."""
+        weight = dequantize_groups(
+            self.weight, self.scale, self.zero_point, self.in_features, self.out_features, self.group, self.bits
+        )
+        outputs: Tensor = inputs @ weight + self.bias
+        return outputs
+
+
+class HalfLinear(nn.Module):
+    """A linear layer whose weights are stored in 16 bits."""
+
+    kind = "linear_half"
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, in_features: int, out_features: int, half: str):
+        super().__init__()
+        self.in_features, self.out_features, self.half_name = in_features, out_features, half
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=_HALVES[half]))
+        self.register_buffer("bias", torch.zeros(out_features))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, half: str) -> HalfLinear:
+        """Round the weights of a float layer to `bf16` or `fp16`."""
+        rounded = cls(linear.in_features, linear.out_features, half)
+        rounded.weight = linear.weight.detach().to(_HALVES[half])
+        if linear.bias is not None:
+            rounded.bias = linear.bias.detach().clone()
+        return rounded
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], replaced: Any) -> HalfLinear:
+        """Make the empty layer that `describe` told of, in the place of a float one."""
+        return cls(replaced.in_features, replaced.out_features, entry["half"])
+
+    def describe(self) -> dict[str, Any]:
+        """Say in JSON what the tensors cannot."""
+        return {"kind": self.kind, "half": self.half_name}
+
+    def count_parameters(self) -> int:
+        """Count weights and biases."""
+        return self.weight.numel() + self.bias.numel()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the layer to float inputs [..., in features]."""
+        return functional.linear(inputs, self.weight.float(), self.bias)
+
+
+class HalfEmbedding(nn.Module):
+    """An embedding stored in 16 bits."""
+
+    kind = "embedding_half"
+    weight: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, half: str):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.half_name = num_embeddings, embedding_dim, half
+        self.register_buffer("weight", torch.zeros(num_embeddings, embedding_dim, dtype=_HALVES[half]))
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, half: str) -> HalfEmbedding:
+        """Round a float embedding to `bf16` or `fp16`."""
+        rounded = cls(embedding.num_embeddings, embedding.embedding_dim, half)
+        rounded.weight = embedding.weight.detach().to(_HALVES[half])
+        return rounded
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], replaced: Any) -> HalfEmbedding:
+        """Make the empty embedding that `describe` told of, in the place of a float one."""
+        return cls(replaced.num_embeddings, replaced.embedding_dim, entry["half"])
+
+    def describe(self) -> dict[str, Any]:
+        """Say in JSON what the tensors cannot."""
+        return {"kind": self.kind, "half": self.half_name}
+
+    def count_parameters(self) -> int:
+        """Count weights."""
+        return self.weight.numel()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look rows up, [...] -> [..., features]."""
+        return functional.embedding(ids, self.weight).float()
+
+
+class _Part(Protocol):
+    kind: str
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def count_parameters(self) -> int: ...
+
+
+_PARTS = (QuantizedLinear, QuantizedEmbedding, GroupedLinear, HalfLinear, HalfEmbedding)
+_HALF_PARTS = (HalfLinear, HalfEmbedding)
+
+
+def quantized_parts(model: nn.Module) -> dict[str, _Part]:
+    """Find the modules of this file in a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _PARTS)}
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Tell whether integers take part, so that runtimes may differ by a rounding step; 16-bit floats do not count."""
+    return any(not isinstance(part, _HALF_PARTS) for part in quantized_parts(model).values())
+
+
+def describe_quantized(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Describe the quantized parts of a model in JSON, by name."""
+    return {name: part.describe() for name, part in quantized_parts(model).items()}
+
+
+def rebuild_quantized(model: nn.Module, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put empty quantized parts where `describe_quantized` found them, in place; weights are to be loaded over.
+
+    Raises:
+        UserError: if a part is of a kind that this version does not know.
+    """
+    kinds: dict[str, Any] = {part.kind: part for part in _PARTS}
+    for name, entry in entries.items():
+        kind = (entry or {}).get("kind")
+        if kind not in kinds:
+            raise UserError(f"headroom.json: {name} is quantized as {kind}, this version reads {', '.join(kinds)}")
+        replace_module(model, name, kinds[kind].from_entry(entry, model.get_submodule(name)))
+
+
+def weight_scales(weight: Tensor, limit: int = WEIGHT_LIMIT) -> Tensor:
+    """Scale of each output channel, [out]: the largest weight becomes `limit`."""
+    return (weight.abs().amax(dim=1) / limit).clamp(min=_SMALLEST_SCALE)
+
+
+def quantize_weight(weight: Tensor, scales: Tensor, limit: int = WEIGHT_LIMIT) -> Tensor:
     """Round float weights [out, in] to int8 by channel."""
-    return (weight / scales[:, None]).round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT).to(torch.int8)
+    return (weight / scales[:, None]).round().clamp(-limit, limit).to(torch.int8)
+
+
+def pack(levels: Tensor, bits: int) -> Tensor:
+    """Pack uint8 levels into bytes, flat and in row-major order, the earlier of two 4-bit levels in the low half.
+
+    This is the layout of ONNX's UINT4 tensors.
+    """
+    flat = levels.flatten()
+    if bits == 8:
+        return flat.clone()
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+def unpack(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
+    """Undo `pack`: uint8 levels [rows, columns]."""
+    flat = packed if bits == 8 else torch.stack([packed & 15, packed >> 4], dim=1).flatten()
+    return flat[: rows * columns].view(rows, columns)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -97,7 +382,7 @@ def quantize(inputs: Tensor, activations: ActivationRange) -> Tensor:
     return seen
 
 
-# An operator of its own, so that export finds it and writes DynamicQuantizeLinear in its place.
+# Operators of their own, so that export finds them and writes DynamicQuantizeLinear and a blockwise DequantizeLinear.
 @torch.library.custom_op("headroom::quantize_by_own_range", mutates_args=())
 def quantize_by_own_range(inputs: Tensor) -> Tensor:
     """Quantize to the tensor's own range and back, with the arithmetic of ONNX's DynamicQuantizeLinear."""
@@ -112,3 +397,18 @@ def quantize_by_own_range(inputs: Tensor) -> Tensor:
 @quantize_by_own_range.register_fake
 def _(inputs: Tensor) -> Tensor:
     return torch.empty_like(inputs)
+
+
+@torch.library.custom_op("headroom::dequantize_groups", mutates_args=())
+def dequantize_groups(
+    packed: Tensor, scale: Tensor, zero_point: Tensor, rows: int, columns: int, group: int, bits: int
+) -> Tensor:
+    """Float weights [rows, columns] of packed levels; `group` rows after each other share scale and zero point."""
+    levels = unpack(packed, bits, rows, columns).float().view(rows // group, group, columns)
+    zeros = unpack(zero_point, bits, rows // group, columns).float()
+    return ((levels - zeros[:, None]) * scale[:, None]).view(rows, columns)
+
+
+@dequantize_groups.register_fake
+def _(packed: Tensor, scale: Tensor, zero_point: Tensor, rows: int, columns: int, group: int, bits: int) -> Tensor:
+    return scale.new_empty(rows, columns)

@@ -11,7 +11,7 @@ from stages.core.checkpoints import HEADROOM_FILE, copy_tokenizer, count_paramet
 from stages.core.errors import UserError
 from stages.core.examples import load_examples, load_labels, load_maximum_length, load_pad_id, sample
 from stages.core.onnx_graph import export_onnx
-from stages.core.quantized import QuantizedLinear
+from stages.core.quantized import is_quantized
 from stages.core.stage import StageRun, command
 from stages.core.tasks import get_task
 from stages.export.fusion import Fusion, count_int8_products, fuse_onnxruntime, fuse_openvino
@@ -24,7 +24,7 @@ def run_export(run: StageRun) -> dict[str, Any]:
     params, data = run.params.export, run.inputs["data"]
     task, pad_id = get_task(run.params.task.kind), load_pad_id(data)
     model = load_model(run.inputs["model"])
-    quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    quantized = is_quantized(model)
 
     folder = run.unit("model")
     path = folder / "model.onnx"

@@ -2,105 +2,65 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional
-
+from stages.core.artifacts import write_json
 from stages.core.checkpoints import count_parameters, extend_lineage, load_model, save_model
-from stages.core.errors import UserError
-from stages.core.examples import Examples, load_examples, load_pad_id, sample
-from stages.core.judging import predict_logits, validation_quality
-from stages.core.observe.progress import track
-from stages.core.quantized import ActivationRange, QuantizedLinear, replace_module
+from stages.core.hardware import describe_cpu
+from stages.core.judging import validation_quality
+from stages.core.quantized import quantized_parts
 from stages.core.stage import StageRun, command
-from stages.core.structure import encoder_layers
-from stages.core.tasks import get_task
-from stages.quantize.observe import choose_range, collect_inputs
+from stages.quantize.gate import Verdict
+from stages.quantize.recipes import RECIPES, Attempt, Kitchen
 
-Ranges = Mapping[str, ActivationRange | None]
+FLOAT = "float"
+LAYERS_FILE = "layers.json"
+_WIDE_PRODUCTS = {"avx_vnni", "avx512_vnni", "amx_int8"}
 
 
 def run_quantize(run: StageRun) -> dict[str, Any]:
-    """Quantize, and give layers back to float until the loss is tolerated; or hand the checkpoint on."""
-    params, data = run.params.quantize, run.inputs["data"]
-    task, pad_id, metric = get_task(run.params.task.kind), load_pad_id(data), run.params.quality.metric
-    model, validation = load_model(run.inputs["model"]), load_examples(data, "validation")
-    before = validation_quality(model, task, validation, pad_id)
-    in_float: list[str] = []
-    after, quantized = before, model
-    if params.enabled:
-        ranges = _ranges(run, model, pad_id)
-        order: list[str] | None = None
-        while True:
-            quantized = quantize_model(model, {name: ranges[name] for name in ranges if name not in in_float})
-            after = validation_quality(quantized, task, validation, pad_id)
-            run.say(
-                f"{metric} {before[metric]:.4f} in float, {after[metric]:.4f} with {len(in_float)} layers left in float"
-            )
-            if before[metric] - after[metric] <= params.tolerated_loss or len(in_float) == len(ranges):
-                break
-            order = order or _most_sensitive_first(model, ranges, validation, pad_id)
-            in_float.append(order[len(in_float)])
-    save_model(quantized, run.unit("model"), data / "tokenizer", extend_lineage(run.inputs["model"], "quantize"))
+    """Take the first recipe that passes the gate; hand the checkpoint on in float where none does."""
+    data, model = run.inputs["data"], load_model(run.inputs["model"])
+    kitchen = Kitchen(run, model)
+    before = validation_quality(model, kitchen.task, kitchen.validation, kitchen.pad_id)
+    _warn_of_saturation(run)
+    taken, attempt, verdicts = _first_that_passes(run, kitchen)
+    save_model(attempt.model, run.unit("model"), data / "tokenizer", extend_lineage(run.inputs["model"], "quantize"))
+    write_json(run.staging / LAYERS_FILE, attempt.layers)
     return {
-        "parameters": count_parameters(quantized),
+        "recipe": taken,
+        "attempts": {
+            name: {"place": place, **verdict.to_json()} for place, (name, verdict) in enumerate(verdicts.items(), 1)
+        },
+        "parameters": count_parameters(attempt.model),
+        "stored_bytes": sum(tensor.nbytes for tensor in attempt.model.state_dict().values()),
         "before": before,
-        "validation": after,
-        "quantized_layers": sum(isinstance(module, QuantizedLinear) for module in quantized.modules()),
-        "float_layers": in_float,
+        "validation": validation_quality(attempt.model, kitchen.task, kitchen.validation, kitchen.pad_id),
+        "quantized_parts": len(quantized_parts(attempt.model)),
+        "float_layers": attempt.in_float,
     }
 
 
-def quantize_model(model: nn.Module, ranges: Ranges) -> nn.Module:
-    """Copy a model with the named linear layers in int8."""
-    quantized = copy.deepcopy(model)
-    for name, activations in ranges.items():
-        linear: Any = quantized.get_submodule(name)
-        replace_module(quantized, name, QuantizedLinear.from_linear(linear, activations))
-    return quantized.eval()
+def _first_that_passes(run: StageRun, kitchen: Kitchen) -> tuple[str, Attempt, dict[str, Verdict]]:
+    verdicts: dict[str, Verdict] = {}
+    for name in run.params.quantize.recipes:
+        attempt = RECIPES[name](kitchen)
+        verdict = verdicts[name] = kitchen.verdict(attempt.model)
+        if verdict.passed:
+            cost = f"{verdict.loss:.4f} {run.params.quality.metric} ({verdict.low:+.4f} to {verdict.high:+.4f})"
+            run.say(f"{name} is taken: it costs {cost}, {len(attempt.in_float)} layers stay in float")
+            return name, attempt, verdicts
+        run.say(f"{name} fails: {verdict.reason}")
+    run.say("the model stays in float")
+    return FLOAT, Attempt(kitchen.model), verdicts
 
 
-def quantizable_layers(model: nn.Module) -> list[str]:
-    """Names of the linear layers inside the encoder and its pooler; the output layer stays in float."""
-    inside = {id(part) for layer in encoder_layers(model) for part in layer.modules()}
-    names = [
-        name
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and (id(part) in inside or "pooler" in name)
-    ]
-    if any(isinstance(part, QuantizedLinear) for part in model.modules()):
-        raise UserError("quantize: the checkpoint is quantized already; give the stage a float one")
-    return names
-
-
-def _ranges(run: StageRun, model: nn.Module, pad_id: int) -> dict[str, ActivationRange | None]:
-    params, names = run.params.quantize, quantizable_layers(model)
-    if params.activations.mode == "dynamic":
-        return dict.fromkeys(names)
-    train = load_examples(run.inputs["data"], "train")
-    calibration = sample(train, params.calibration_texts, run.params.seed)
-    inputs = collect_inputs(model, names, calibration.input_ids, pad_id)
-    return {name: choose_range(inputs[name], params.activations) for name in track(names, "calibrate")}
-
-
-def _most_sensitive_first(model: nn.Module, ranges: Ranges, validation: Examples, pad_id: int) -> list[str]:
-    """Order layers by how far each alone, in int8, moves the answers (Kullback-Leibler divergence)."""
-    wanted = predict_logits(model, validation.input_ids, pad_id)
-
-    def divergence(name: str) -> float:
-        logits = predict_logits(quantize_model(model, {name: ranges[name]}), validation.input_ids, pad_id)
-        return _divergence(wanted, logits)
-
-    hurts = {name: divergence(name) for name in track(list(ranges), "sensitivity")}
-    return sorted(hurts, key=lambda name: -hurts[name])
-
-
-def _divergence(wanted: Tensor, logits: Tensor) -> float:
-    first, second = functional.log_softmax(wanted, dim=-1), functional.log_softmax(logits, dim=-1)
-    return float(functional.kl_div(second, first, log_target=True, reduction="batchmean"))
+def _warn_of_saturation(run: StageRun) -> None:
+    """AVX2 multiplies unsigned by signed bytes and adds two products in 16 bits (onnxruntime#6004)."""
+    features = set(describe_cpu()["features"])
+    integers = {"int8_static", "int8_mixed", "int8_dynamic"} & set(run.params.quantize.recipes)
+    if integers and run.params.quantize.weight_bits == 8 and "avx2" in features and not features & _WIDE_PRODUCTS:
+        run.say("this CPU has no VNNI and saturates int8 products; set quantize.weight_bits to 7 to serve on it")
 
 
 if __name__ == "__main__":

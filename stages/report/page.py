@@ -82,6 +82,7 @@ def render(findings: Findings, params: Params, figures: Mapping[str, Figure]) ->
         training=[_training(findings, stage) for stage in TRAINED if stage in findings.metrics],
         cascade=findings.metrics["cascade"],
         passed_on=findings.evaluations.get("cascade", {}).get("passed_on"),
+        attempts=_attempts(findings),
         devices=read_devices(findings.deploy_check, params.deploy_check),
         provenance=flatten(findings.provenance),
         splits=_splits(findings),
@@ -175,6 +176,16 @@ def _splits(findings: Findings) -> list[dict[str, Any]]:
             {"name": name, "texts": ordered["count"].sum(), "median": median, "longest": ordered["length"].max()}
         )
     return found
+
+
+def _attempts(findings: Findings) -> list[tuple[str, str]]:
+    """Recipes of quantization in the order tried, each with why it failed; empty for the one taken."""
+    if "quantize" not in findings.metrics:
+        return []
+    metrics = findings.metrics["quantize"]
+    in_order = sorted(metrics["attempts"].items(), key=lambda item: int(item[1]["place"]))
+    tried = [(name, str(attempt["reason"])) for name, attempt in in_order]
+    return tried if metrics["recipe"] in metrics["attempts"] else [*tried, (metrics["recipe"], "")]
 
 
 def _training(findings: Findings, stage: str) -> dict[str, Any]:

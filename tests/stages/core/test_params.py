@@ -119,6 +119,8 @@ def test_the_nearest_valid_name_is_offered_at_the_place_the_file_has_it(path: st
             "distill.student: hidden 100 must be a multiple of heads 12",
         ),
         ("distill.weights", dict.fromkeys(DEFAULT["distill"]["weights"], 0.0), "soft and hard must not both be 0"),
+        ("quantize.recipes", ["bf16", "bf16"], "quantize: recipes must each be named once"),
+        ("quantize.smoothing.strengths", [0.5], "quantize.smoothing: strengths must hold 0.0"),
         ("tokenize.tokenizer", {"kind": "bpe", "vocabulary_size": 999, "lowercase": True}, "trains a new vocabulary"),
         ("acquire.checkpoint", {"kind": "scratch", "config": {}}, "scratch has no tokenizer"),
     ],

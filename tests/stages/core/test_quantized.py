@@ -1,10 +1,28 @@
+import json
+
+import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.core.quantized import ActivationRange, QuantizedLinear, quantize, quantize_by_own_range
+from stages.core.errors import UserError
+from stages.core.quantized import (
+    ActivationRange,
+    GroupedLinear,
+    HalfEmbedding,
+    HalfLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    describe_quantized,
+    is_quantized,
+    pack,
+    quantize,
+    quantize_by_own_range,
+    rebuild_quantized,
+    unpack,
+)
 
 bounds = st.floats(-1e4, 1e4, allow_nan=False)
 
@@ -45,3 +63,70 @@ def test_dynamic_range_follows_the_onnx_example() -> None:
 
 def test_an_input_of_zeros_stays_zero() -> None:
     assert quantize_by_own_range(torch.zeros(2, 2)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([4, 8]), st.integers(0, 1000))
+def test_packing_loses_nothing(rows: int, columns: int, bits: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    packed = pack(levels, bits)
+    assert len(packed) == (rows * columns * bits + 7) // 8
+    assert torch.equal(unpack(packed, bits, rows, columns), levels)
+
+
+def test_four_bits_are_packed_as_onnx_packs_them() -> None:
+    levels = torch.tensor([[1, 2, 3], [4, 15, 6]], dtype=torch.uint8)
+    tensor = onnx.TensorProto(data_type=onnx.TensorProto.UINT4, dims=[2, 3], raw_data=pack(levels, 4).numpy().tobytes())
+    assert onnx.numpy_helper.to_array(tensor).astype(int).tolist() == levels.tolist()
+
+
+def test_an_embedding_is_within_half_a_step_of_each_row() -> None:
+    torch.manual_seed(0)
+    embedding = nn.Embedding(50, 12, padding_idx=0)
+    embedding.weight.data *= torch.arange(50)[:, None]
+    quantized = QuantizedEmbedding.from_embedding(embedding)
+    ids = torch.arange(50).reshape(5, 10)
+    steps = embedding.weight.abs().amax(dim=1)[ids][..., None] / 127
+    assert ((quantized(ids) - embedding(ids)).abs() <= steps / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize(("half", "relative"), [("bf16", 2**-8), ("fp16", 2**-11)])
+def test_halves_round_to_their_own_precision(half: str, relative: float) -> None:
+    torch.manual_seed(0)
+    linear, embedding = nn.Linear(16, 8), nn.Embedding(9, 4)
+    layer, table = HalfLinear.from_linear(linear, half), HalfEmbedding.from_embedding(embedding, half)
+    assert layer.weight.element_size() == table.weight.element_size() == 2
+    torch.testing.assert_close(layer.weight.float(), linear.weight, rtol=relative, atol=1e-6)
+    torch.testing.assert_close(table(torch.arange(9)), embedding.weight, rtol=relative, atol=1e-6)
+    assert layer(torch.randn(3, 16)).dtype == table(torch.arange(2)).dtype == torch.float32
+
+
+def test_every_kind_is_rebuilt_from_its_description() -> None:
+    torch.manual_seed(0)
+    linears = [nn.Linear(32, 5) for _ in range(4)]
+    levels, zeros = torch.randint(0, 16, (32, 5)).to(torch.uint8), torch.randint(0, 16, (2, 5)).to(torch.uint8)
+    parts = [
+        QuantizedLinear.from_linear(linears[0], ActivationRange.covering(-2.0, 1.0), torch.rand(32) + 0.5, 63),
+        QuantizedLinear.from_linear(linears[1], None),
+        GroupedLinear.from_levels(linears[2], levels, zeros, torch.rand(2, 5), 4),
+        HalfLinear.from_linear(linears[3], "bf16"),
+    ]
+    tables = [
+        QuantizedEmbedding.from_embedding(nn.Embedding(7, 3)),
+        HalfEmbedding.from_embedding(nn.Embedding(7, 3), "fp16"),
+    ]
+    model = nn.Sequential(*parts, *tables)
+    empty = nn.Sequential(*linears, nn.Embedding(7, 3), nn.Embedding(7, 3))
+    rebuild_quantized(empty, json.loads(json.dumps(describe_quantized(model))))
+    empty.load_state_dict(model.state_dict())
+    inputs, ids = torch.randn(4, 32), torch.arange(7)
+    for one, other in zip(model, empty, strict=True):
+        given_inputs = ids if "Embedding" in type(one).__name__ else inputs
+        assert torch.equal(one(given_inputs), other(given_inputs))
+    assert is_quantized(model)
+    assert not is_quantized(nn.Sequential(HalfLinear.from_linear(linears[3], "bf16")))
+
+
+def test_an_unknown_kind_is_a_users_error() -> None:
+    with pytest.raises(UserError, match="0 is quantized as ternary, this version reads linear_int8"):
+        rebuild_quantized(nn.Sequential(nn.Linear(2, 2)), {"0": {"kind": "ternary"}})

@@ -19,11 +19,11 @@ from stages.export.__main__ import hold_fusion, hold_size
 from stages.export.fusion import Fusion, count_int8_products, fuse_onnxruntime, fuse_openvino
 from stages.export.parity import largest_difference
 from stages.export.size import expected_bytes, largest_bytes
-from stages.quantize.__main__ import quantizable_layers, quantize_model
 from stages.quantize.observe import choose_range, collect_inputs
+from stages.quantize.recipes import quantizable_layers, quantize_model
 
 NAMES = ["input_ids", "attention_mask"]
-OBSERVER = ActivationParams(mode="static", observer="minmax", percentile=100.0)
+OBSERVER = ActivationParams(observer="minmax", percentile=100.0)
 
 
 @pytest.fixture(scope="module")

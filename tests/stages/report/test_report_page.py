@@ -102,6 +102,11 @@ def test_the_ladder_has_both_baselines_then_the_chain(html: HTMLParser) -> None:
     ]
 
 
+def test_the_recipe_taken_and_why_those_before_it_failed_are_told(html: HTMLParser) -> None:
+    told = " ".join(html.css_first("#recipes").text().split())
+    assert told.endswith("int8_static fails: it costs 0.0120 accuracy; int8_dynamic is taken.")
+
+
 def test_a_model_below_the_floor_is_marked_and_never_the_answer(project: Path) -> None:
     folder = project / "artifacts/evaluate/quantize"
     against = json.loads((folder / "metrics.json").read_text())["against_reference"]
