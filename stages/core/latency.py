@@ -35,6 +35,8 @@ class LatencyTable:
 
     runtime: str
     """Name of the deployment runtime."""
+    quantized: bool
+    """Whether linear layers were timed in int8, as they will be deployed, or in float."""
     rest: float
     """Everything outside the encoder layers: embeddings, pooler, head, the call itself."""
     shell: float

@@ -79,9 +79,7 @@ def _clock(run: StageRun, model: nn.Module) -> AbstractContextManager[Clock | No
     data, seed = run.inputs["data"], run.params.seed
     batches = workload(load_examples(data, "train"), params.goal, load_pad_id(data), seed)
     run.say("export the input of the stage as it would be deployed, to time candidates against it")
-    return deployment_clock(
-        model, run.params.quantize.enabled, _table(run).runtime, params.goal, batches, run.params.export.opset, seed
-    )
+    return deployment_clock(model, _table(run), params.goal, batches, seed)
 
 
 def _table(run: StageRun) -> LatencyTable:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from stages.core.latency import INPUTS, open_bare, texts_a_second
+from stages.core.latency import INPUTS, LatencyTable, open_bare, texts_a_second
 from stages.core.onnx_graph import export_onnx
 from stages.core.quantized import ActivationRange, QuantizedLinear, replace_module
 from stages.core.runtimes import ONNX_FILE, Batch, Goal, Runtime
@@ -22,30 +22,29 @@ Clock = Callable[[nn.Module], float]
 """Measured speedup of a model over the stage's input."""
 
 _ROUNDS = 15
+_OPSET = 20
 _ANY_RANGE = ActivationRange.covering(-4.0, 4.0)  # the values decide nothing about time
 
 
 @contextmanager
 def deployment_clock(
-    parent: nn.Module, quantized: bool, runtime: str, goal: Goal, batches: Sequence[Batch], opset: int, seed: int
+    parent: nn.Module, table: LatencyTable, goal: Goal, batches: Sequence[Batch], seed: int
 ) -> Iterator[Clock]:
     """Export models as they will be deployed, and time them in turns with the parent.
 
     Args:
         parent: the stage's input.
-        quantized: whether the deployed model is in int8.
-        runtime: that it is deployed on.
+        table: names the runtime, and whether models are deployed in int8.
         goal: one text at a time, or batches.
         batches: real texts.
-        opset: ONNX operator set of the export.
         seed: of the order of measurement.
     """
     with tempfile.TemporaryDirectory(prefix="headroom-") as name:
 
         def deploy(model: nn.Module) -> Runtime:
             folder = Path(tempfile.mkdtemp(dir=name))
-            export_onnx(deployment_form(model, quantized), folder / ONNX_FILE, INPUTS, "logits", opset)
-            return open_bare(folder, runtime, goal)
+            export_onnx(deployment_form(model, table.quantized), folder / ONNX_FILE, INPUTS, "logits", _OPSET)
+            return open_bare(folder, table.runtime, goal)
 
         reference = deploy(parent)
 

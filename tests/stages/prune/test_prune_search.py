@@ -11,7 +11,12 @@ from stages.prune.search import Option, block_options, find_parts, least_loss, r
 
 # Attention costs 10 a head, feed-forward 1 a neuron but for steps: 3 and 4 neurons take as long.
 TABLE = LatencyTable(
-    runtime="onnxruntime-cpu", rest=5.0, shell=1.0, heads={1: 10.0, 2: 20.0}, neurons={1: 1.0, 2: 2.0, 3: 4.0, 4: 4.0}
+    runtime="onnxruntime-cpu",
+    quantized=False,
+    rest=5.0,
+    shell=1.0,
+    heads={1: 10.0, 2: 20.0},
+    neurons={1: 1.0, 2: 2.0, 3: 4.0, 4: 4.0},
 )
 
 blocks = st.lists(
