@@ -21,7 +21,7 @@ from stages.core.artifacts import digest, verify
 PROJECT = Path(__file__).parents[1]
 VARIANTS = ["finetune", "distill", "prune", "quantize"]
 STAGES = [
-    *["fingerprint", "acquire", "clean", "tokenize", "pretrain", *VARIANTS],
+    *["fingerprint", "acquire", "clean", "tokenize", "pretrain", "latency_table", *VARIANTS],
     *[f"{stage}@{variant}" for stage in ("export", "evaluate") for variant in VARIANTS],
     *["deploy_check", "report", "register"],
 ]
