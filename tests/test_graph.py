@@ -12,7 +12,7 @@ from flows.graph import Stage, read_graph, stage_table
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [
-    *["acquire", "clean", "tokenize", "pretrain", "finetune", "distill", "prune", "quantize"],
+    *["acquire", "clean", "tokenize", "pretrain", "finetune", "distill", "latency_table", "prune", "quantize"],
     *["export", "cascade", "evaluate", "deploy_check", "report"],
 ]
 SERVED_AS_WELL = {"quantize_finetuned": "quantize"}
@@ -74,9 +74,11 @@ def test_every_output_is_a_folder_of_its_stage_and_read_paths_are_declared() -> 
 
 def test_what_measures_has_the_machine_to_itself_and_depends_on_it() -> None:
     measuring = {stage.name.split("@")[0] for stage in stages() if stage.measures}
-    assert measuring == {"evaluate", "deploy_check"}
+    assert measuring == {"latency_table", "prune", "evaluate", "deploy_check"}
+    # The table names the machine's times where pruning asks for any, and stays the same on every machine where not.
+    machine = {"artifacts/fingerprint/hardware.json", "artifacts/latency_table/table"}
     for stage in stages():
-        assert stage.measures == ("artifacts/fingerprint/hardware.json" in stage.dependencies), stage.name
+        assert stage.measures == bool(machine & set(stage.dependencies)), stage.name
 
 
 def test_the_readme_has_the_table_of_the_graph() -> None:

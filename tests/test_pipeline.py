@@ -21,7 +21,7 @@ from stages.core.artifacts import digest, verify
 PROJECT = Path(__file__).parents[1]
 VARIANTS = ["finetune", "distill", "prune", "quantize", "quantize_finetuned"]
 STAGES = [
-    *["fingerprint", "acquire", "clean", "tokenize", "pretrain", *VARIANTS],
+    *["fingerprint", "acquire", "clean", "tokenize", "pretrain", "latency_table", *VARIANTS],
     *[f"export@{variant}" for variant in VARIANTS],
     "cascade",
     *[f"evaluate@{variant}" for variant in (*VARIANTS, "cascade")],

@@ -147,7 +147,7 @@ def build_lesson(
         check_same_tokenizer(Path(path), data / "tokenizer", name)
     for index, path in enumerate(params.teachers):
         check_teacher(Path(path), load_labels(data), f"distill.teachers[{index}]")
-    recorded = what_to_record(params, _layer_count(teacher))
+    recorded = what_to_record(params, layer_count(teacher))
     tokenizer, pad_id, maximum_length = load_tokenizer(data / "tokenizer"), load_pad_id(data), load_maximum_length(data)
     labelled = load_examples(data, "train")
     examples = add_transfer_texts(labelled, corpus, params.transfer, tokenizer, maximum_length, seed)
@@ -190,7 +190,7 @@ def matched_layers(student: StudentParams, teacher_layers: int) -> list[int]:
     """Teacher layer whose output each student layer learns: its own, or the last of an even share (1909.10351)."""
     if student.kind == "layers":
         return student.layers
-    count = student.layers if student.kind == "narrow" else _layer_count(Path(student.path))
+    count = student.layers if student.kind == "narrow" else layer_count(Path(student.path))
     return [math.ceil((index + 1) * teacher_layers / count) - 1 for index in range(count)]
 
 
@@ -399,7 +399,8 @@ def _padded(tokens: Tensor, mask: Tensor) -> Tensor:
     return padded
 
 
-def _layer_count(checkpoint: Path) -> int:
+def layer_count(checkpoint: Path) -> int:
+    """Count the encoder layers of a checkpoint."""
     return int(transformers.AutoConfig.from_pretrained(checkpoint).num_hidden_layers)
 
 

@@ -397,6 +397,15 @@ class RecoveryParams(Section):
 class PruneParams(Section):
     """Structured pruning by saliency on the user's data."""
 
+    speedup: Annotated[float, Field(ge=1.0)] | None
+    """So many times faster than the stage's input, as measured on this machine; 1 hands through, null cuts by
+    `sparsity`."""
+    goal: Literal["latency", "throughput"]
+    """What `speedup` is measured by: one text at a time, or batches of similar length."""
+    runtime: Literal["onnxruntime-cpu", "openvino-cpu"] | None
+    """Where `speedup` is measured; null for the faster one."""
+    layers: Number | None
+    """Keep so many layers, the ones whose absence would hurt most (2004.03844); null keeps all."""
     sparsity: SparsityParams
     saliency: Literal["first_order", "second_order"]
     """first_order: |gate x gradient| (Michel et al., 1905.10650); second_order: diagonal Fisher of the gates
@@ -406,6 +415,8 @@ class PruneParams(Section):
     neuron_multiple: Number
     """Feed-forward widths are rounded up to a multiple, for the runtime's kernels."""
     calibration_texts: Number
+    reconstruct: bool
+    """Fit what stays of each layer to the output of the whole one, by least squares (Kwon et al., 2204.09656)."""
     recovery: RecoveryParams
 
 
@@ -491,6 +502,10 @@ class QuantizeParams(Section):
         if len(set(self.recipes)) < len(self.recipes):
             raise ValueError("recipes must each be named once")
         return self
+
+    def multiplies_in_int8(self) -> bool:
+        """Tell whether the preferred recipe computes matrix products in int8; other recipes only store fewer bits."""
+        return self.recipes[:1] in (["int8_static"], ["int8_mixed"], ["int8_dynamic"])
 
 
 class ExportParams(Section):

@@ -23,7 +23,46 @@ class LayerWidth:
     """Width of one encoder layer."""
 
     heads: int
+    """0: no attention."""
     neurons: int
+    """0: no feed-forward."""
+
+
+class ConstantOutput(nn.Module):
+    """Output projection of a block that lost all its parts: its bias is what remains of the block."""
+
+    def __init__(self, out_features: int, bias: Tensor | None = None):
+        super().__init__()
+        self.in_features, self.out_features = 0, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features) if bias is None else bias.detach().clone())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the bias [out features], which the residual connection broadcasts over all tokens."""
+        return self.bias
+
+
+class EmptyInput(nn.Module):
+    """Input projection of a block that lost all its parts."""
+
+    def __init__(self, in_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Turn [..., in features] into [..., 0]."""
+        return inputs[..., :0]
+
+
+class NoAttention(nn.Module):
+    """Self-attention without heads."""
+
+    def __init__(self, head_size: int):
+        super().__init__()
+        self.attention_head_size, self.num_attention_heads, self.all_head_size = head_size, 0, 0
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """Turn [batch, length, hidden] into [batch, length, 0]; there are no attention weights."""
+        return hidden_states[..., :0], None
 
 
 def is_compressible(model: nn.Module) -> bool:
@@ -48,7 +87,9 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def attention_linears(layer: nn.Module) -> list[nn.Linear]:
-    """Query, key and value of a layer, each [heads x head size, hidden]."""
+    """Query, key and value of a layer, each [heads x head size, hidden]; none where there are no heads."""
+    if isinstance(layer.get_submodule("attention.self"), NoAttention):
+        return []
     return [_linear(layer, f"attention.self.{name}") for name in ("query", "key", "value")]
 
 
@@ -84,19 +125,15 @@ def layer_widths(model: nn.Module) -> list[LayerWidth]:
 def keep_parts(layer: nn.Module, heads: Tensor, neurons: Tensor) -> None:
     """Remove all but the given attention heads and feed-forward neurons from a layer, in place.
 
+    A block without parts leaves the computation; its output bias, the residual and the norm stay.
+
     Args:
         layer: an encoder layer.
         heads: indices to keep, ascending.
         neurons: indices to keep, ascending.
     """
-    size = head_size(layer)
-    features = (heads[:, None] * size + torch.arange(size)).flatten()
-    for name in ("query", "key", "value"):
-        _replace(layer, f"attention.self.{name}", features, dimension=0)
-    _replace(layer, "attention.output.dense", features, dimension=1)
-    _replace(layer, "intermediate.dense", neurons, dimension=0)
-    _replace(layer, "output.dense", neurons, dimension=1)
-    _tell_attention(layer, len(heads))
+    _keep_heads(layer, heads)
+    _keep_neurons(layer, neurons)
 
 
 def set_widths(model: nn.Module, widths: Sequence[LayerWidth]) -> None:
@@ -140,6 +177,34 @@ def _linear(layer: nn.Module, name: str) -> nn.Linear:
     return part  # type: ignore[return-value]
 
 
+def _keep_heads(layer: nn.Module, heads: Tensor) -> None:
+    size, output = head_size(layer), attention_output(layer)
+    if len(heads) == 0:
+        _put(layer, "attention.self", NoAttention(size))
+        _put(layer, "attention.output.dense", ConstantOutput(output.out_features, output.bias))
+        return
+    features = (heads[:, None] * size + torch.arange(size)).flatten()
+    for name in ("query", "key", "value"):
+        _replace(layer, f"attention.self.{name}", features, dimension=0)
+    _replace(layer, "attention.output.dense", features, dimension=1)
+    _tell_attention(layer, len(heads))
+
+
+def _keep_neurons(layer: nn.Module, neurons: Tensor) -> None:
+    output = neuron_output(layer)
+    if len(neurons) == 0:
+        _put(layer, "intermediate.dense", EmptyInput(neuron_input(layer).in_features))
+        _put(layer, "output.dense", ConstantOutput(output.out_features, output.bias))
+        return
+    _replace(layer, "intermediate.dense", neurons, dimension=0)
+    _replace(layer, "output.dense", neurons, dimension=1)
+
+
+def _put(layer: nn.Module, name: str, part: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(layer.get_submodule(parent), child, part)
+
+
 def _replace(layer: nn.Module, name: str, kept: Tensor, dimension: int) -> None:
     old = _linear(layer, name)
     weight = old.weight.detach().index_select(dimension, kept).clone()
@@ -148,8 +213,7 @@ def _replace(layer: nn.Module, name: str, kept: Tensor, dimension: int) -> None:
     if old.bias is not None:
         bias = old.bias.detach()
         new.bias = nn.Parameter((bias.index_select(0, kept) if dimension == 0 else bias).clone())
-    parent, _, child = name.rpartition(".")
-    setattr(layer.get_submodule(parent), child, new)
+    _put(layer, name, new)
 
 
 def _tell_attention(layer: nn.Module, heads: int) -> None:

@@ -86,7 +86,7 @@ def hold_fusion(runtime: str, fusion: Fusion, int8_products: int, share: float, 
     if fusion.int8_products < share * int8_products:
         raise UserError(
             f"{where}: {runtime} computes {fusion.int8_products} of {int8_products} int8 products in integers, "
-            f"export.int8_fused wants {share:.0%}; nothing was exported. quantize.enabled: false exports floats"
+            f"export.int8_fused wants {share:.0%}; nothing was exported. an empty quantize.recipes exports floats"
         )
 
 

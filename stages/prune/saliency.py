@@ -16,12 +16,12 @@ Order = Literal["first_order", "second_order"]
 
 @dataclass(frozen=True)
 class Saliency:
-    """Scores of one layer; larger matters more."""
+    """What is known of the parts of one layer: scores, of which larger matter more, or gradients."""
 
     heads: Tensor
-    """[heads]"""
+    """[heads], or [texts, heads]."""
     neurons: Tensor
-    """[neurons]"""
+    """[neurons], or [texts, neurons]."""
 
 
 class Gates:
@@ -67,35 +67,42 @@ class Gates:
         return multiply
 
 
-def measure_saliency(
-    model: nn.Module, batches: Sequence[Sequence[int]], loss: Callable[[Sequence[int]], Tensor], order: Order
+def gate_gradients(
+    model: nn.Module, batches: Sequence[Sequence[int]], loss: Callable[[Sequence[int]], Tensor]
 ) -> list[Saliency]:
-    """Score every head and neuron.
+    """Gradient of each text's loss by the gates.
 
     Args:
         model: in evaluation mode.
         batches: indices of texts.
         loss: gives the summed loss of a batch; called with gates in place.
-        order: which expansion of the loss.
 
     Returns:
-        one entry a layer.
+        for each layer the gradients by heads and neurons, each [texts, parts].
     """
-    totals: list[tuple[Tensor, Tensor]] = [
-        (torch.zeros(width.heads), torch.zeros(width.neurons)) for width in layer_widths(model)
-    ]
+    rows: list[list[tuple[Tensor, Tensor]]] = []
     with Gates(model) as gates:
         for batch in batches:
             gates.open(len(batch))
             loss(batch).backward()  # type: ignore[no-untyped-call]
-            for total, gradients in zip(totals, gates.gradients(), strict=True):
-                for sum_, gradient in zip(total, gradients, strict=True):
-                    sum_ += (gradient.abs() if order == "first_order" else gradient.square()).sum(dim=0)
+            rows.append(gates.gradients())
     model.zero_grad(set_to_none=True)
-    return [Saliency(heads, neurons) for heads, neurons in totals]
+    return [
+        Saliency(torch.cat([heads for heads, _ in layer]), torch.cat([neurons for _, neurons in layer]))
+        for layer in zip(*rows, strict=True)
+    ]
+
+
+def score(gradients: Sequence[Saliency], order: Order) -> list[Saliency]:
+    """Score every head and neuron by the gradients of `gate_gradients`, one entry a layer."""
+
+    def total(rows: Tensor) -> Tensor:
+        return (rows.abs() if order == "first_order" else rows.square()).sum(dim=0)
+
+    return [Saliency(total(layer.heads), total(layer.neurons)) for layer in gradients]
 
 
 def _gradient(gate: Tensor) -> Tensor:
-    if gate.grad is None:
+    if gate.grad is None and gate.numel():
         raise ValueError("the loss does not depend on every gate")
-    return gate.grad
+    return gate.detach() if gate.grad is None else gate.grad

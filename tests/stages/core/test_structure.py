@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
-from stages.core.checkpoints import load_model
+from stages.core.checkpoints import load_model, save_model
 from stages.core.errors import UserError
+from stages.core.onnx_graph import export_onnx
 from stages.core.structure import (
     LayerWidth,
     attention_output,
@@ -44,6 +46,39 @@ def test_removed_parts_compute_the_same_as_masked_ones(model: torch.nn.Module, t
         keep_parts(layer, heads, neurons)
     assert layer_widths(model) == [LayerWidth(2, 3)] * 2
     torch.testing.assert_close(_logits(model), _logits(masked), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("heads", "neurons"), [([], [1, 5, 63]), ([0, 2], []), ([], [])])
+def test_a_block_without_parts_computes_the_same_as_a_masked_one(
+    heads: list[int], neurons: list[int], model: torch.nn.Module, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    masked = load_model(tiny_checkpoint)
+    gone = encoder_layers(masked)[0]
+    for head in set(range(4)) - set(heads):
+        attention_output(gone).weight.data.view(32, 4, 8)[:, head] = 0.0
+    neuron_output(gone).weight.data[:, [index for index in range(64) if index not in neurons]] = 0.0
+    keep_parts(encoder_layers(model)[0], torch.tensor(heads).long(), torch.tensor(neurons).long())
+    assert layer_widths(model) == [LayerWidth(len(heads), len(neurons)), LayerWidth(4, 64)]
+    torch.testing.assert_close(_logits(model), _logits(masked), atol=1e-5, rtol=0)
+
+    save_model(model, tmp_path, tiny_checkpoint, [])
+    again = load_model(tmp_path)
+    assert layer_widths(again) == layer_widths(model)
+    torch.testing.assert_close(_logits(again), _logits(model), atol=0, rtol=0)
+    keep_parts(encoder_layers(again)[0], torch.tensor(heads[:1]).long(), torch.tensor([]).long())
+    assert layer_widths(again)[0] == LayerWidth(len(heads[:1]), 0)
+
+
+def test_a_layer_without_parts_vanishes_from_the_graph(model: torch.nn.Module, tmp_path: Path) -> None:
+    nothing = torch.tensor([]).long()
+    keep_parts(encoder_layers(model)[0], nothing, nothing)
+    graph = export_onnx(model, tmp_path / "model.onnx", ["input_ids", "attention_mask"], "logits", opset=20).graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("Softmax") == operators.count("Gelu") == 1
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = torch.arange(5, 17).reshape(2, 6)
+    given = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(given), _logits(model), atol=1e-4, rtol=0)
 
 
 def test_keeping_every_part_changes_nothing(model: torch.nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from stages.core.checkpoints import load_model
 from stages.core.structure import attention_output, encoder_layers, keep_parts, neuron_output
 from stages.prune.__main__ import _of_what_is_left
-from stages.prune.saliency import Order, Saliency, measure_saliency
+from stages.prune.saliency import Order, Saliency, gate_gradients, score
 from stages.prune.select import parts_to_keep
 
 IDS = torch.arange(5, 53).reshape(6, 8)
@@ -21,7 +21,7 @@ def _saliency(model: torch.nn.Module, order: Order) -> list[Saliency]:
         rows = list(batch)  # type: ignore[call-overload]
         return functional.cross_entropy(model(input_ids=IDS[rows]).logits, LABELS[rows], reduction="sum")
 
-    return measure_saliency(model, [[0, 1, 2], [3, 4, 5]], loss, order)
+    return score(gate_gradients(model, [[0, 1, 2], [3, 4, 5]], loss), order)
 
 
 @pytest.mark.parametrize("order", ["first_order", "second_order"])
@@ -51,7 +51,7 @@ def test_saliency_is_the_gradient_of_a_gate_by_finite_difference(tiny_checkpoint
     def loss(batch: object) -> torch.Tensor:
         return functional.cross_entropy(model(input_ids=IDS[text]).logits, LABELS[text], reduction="sum")
 
-    measured = measure_saliency(model, [text], loss, "first_order")[0].neurons[part].item()
+    measured = score(gate_gradients(model, [text], loss), "first_order")[0].neurons[part].item()
     weight = neuron_output(encoder_layers(model)[0]).weight.data
     original, losses = weight[:, part].clone(), []
     for factor in (1 + step, 1 - step):
@@ -68,11 +68,19 @@ def test_saliency_does_not_depend_on_how_texts_are_batched(tiny_checkpoint: Path
         rows = list(batch)  # type: ignore[call-overload]
         return functional.cross_entropy(model(input_ids=IDS[rows]).logits, LABELS[rows], reduction="sum")
 
-    one = measure_saliency(model, [[0, 1, 2, 3, 4, 5]], loss, "second_order")
-    other = measure_saliency(model, [[0], [1, 2], [3, 4, 5]], loss, "second_order")
+    one = score(gate_gradients(model, [[0, 1, 2, 3, 4, 5]], loss), "second_order")
+    other = score(gate_gradients(model, [[0], [1, 2], [3, 4, 5]], loss), "second_order")
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a.heads, b.heads)
         torch.testing.assert_close(a.neurons, b.neurons)
+
+
+def test_a_layer_without_parts_has_no_gradients(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    keep_parts(encoder_layers(model)[0], torch.arange(0), torch.arange(0))
+    first, last = _saliency(model, "second_order")
+    assert first.heads.shape == first.neurons.shape == (0,)
+    assert last.heads.shape == (4,)
 
 
 def test_the_least_salient_go_first_across_layers() -> None:
