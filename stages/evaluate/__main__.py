@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy
 
 from stages.core.checkpoints import load_model
+from stages.core.encoding import read_tokenizer
 from stages.core.errors import UserError
-from stages.core.examples import Examples, load_examples, load_labels
+from stages.core.examples import Examples, load_examples, load_labels, load_pad_id
 from stages.core.judging import predict_logits
 from stages.core.runtimes import REFERENCE_RUNTIME, ExportedModel, OpenVino, open_runtime, predict
 from stages.core.stage import StageRun, command
@@ -29,19 +31,25 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     test = _read_test(run, model)
     prepare_pytorch()
     network = load_model(run.inputs["reference"])
+    # The reference keeps the whole vocabulary, where the model's may be trimmed: each reads its own tokens.
+    whole = replace(
+        model,
+        tokenizer=read_tokenizer(run.inputs["reference"], model.maximum_length),
+        pad_id=load_pad_id(run.inputs["data"], run.inputs["reference"]),
+    )
     naive = naive_length(params.latency.naive_length, network)
 
     run.say(f"quality on {len(test)} texts")
     probabilities = predict(model, open_runtime(REFERENCE_RUNTIME, model), test.texts, _BATCH_SIZE)[1]
     openvino = predict(model, open_runtime(OpenVino.name, model), test.texts, _BATCH_SIZE)[0]
-    reference = predict_logits(network, test.input_ids, model.pad_id).argmax(dim=1).numpy()
+    reference = predict_logits(network, whole.encode(test.texts), whole.pad_id).argmax(dim=1).numpy()
     predictions = probabilities.argmax(axis=1)
     against = compare(predictions, reference, test.labels, run.params.quality, params, run.params.seed)
     write_tables(run.staging, test.texts, test.labels, probabilities, model.labels, params.calibration_bins)
 
     run.say("speed beside both baselines")
     lengths = (None, naive)
-    services = {name: PyTorchService(network, model, length) for name, length in zip(BASELINES, lengths, strict=True)}
+    services = {name: PyTorchService(network, whole, length) for name, length in zip(BASELINES, lengths, strict=True)}
     speed = _measure_speed(run, Contest(model, services, test.texts, params.latency, run.params.seed))
     speed["runtimes"][OpenVino.name]["agreement"] = float(numpy.mean(openvino == predictions))
     return {

@@ -21,6 +21,7 @@ from stages.core.tensors import pad_tensors
 from stages.core.training import train
 from stages.prune.saliency import measure_saliency
 from stages.prune.select import parts_to_keep
+from stages.prune.vocabulary import trim_to_texts
 
 _BATCH_SIZE = 32
 
@@ -48,13 +49,19 @@ def run_prune(run: StageRun) -> dict[str, Any]:
                     recovery.epochs, run,
                 )  # fmt: skip
                 train(model, recipe, run, f"recover-{index + 1}")
-    save_model(model, run.unit("model"), data / "tokenizer", extend_lineage(run.inputs["model"], "prune"))
+    trimmed = trim_to_texts(model, run)
+    folder = run.unit("model")
+    save_model(model, folder, data / "tokenizer", extend_lineage(run.inputs["model"], "prune"))
+    if trimmed is not None:
+        trimmed.write(folder)
+        validation, pad_id = load_examples(data, "validation", folder), load_pad_id(data, folder)
     return {
         "parameters": count_parameters(model),
         "widths": widths_to_json(layer_widths(model)),
         "before": before,
         "cuts": {str(index + 1): cut for index, cut in enumerate(cuts)},
         "validation": validation_quality(model, task, validation, pad_id),
+        "vocabulary": None if trimmed is None else trimmed.metrics,
     }
 
 

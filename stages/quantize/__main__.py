@@ -26,8 +26,12 @@ Ranges = Mapping[str, ActivationRange | None]
 def run_quantize(run: StageRun) -> dict[str, Any]:
     """Quantize, and give layers back to float until the loss is tolerated; or hand the checkpoint on."""
     params, data = run.params.quantize, run.inputs["data"]
-    task, pad_id, metric = get_task(run.params.task.kind), load_pad_id(data), run.params.quality.metric
-    model, validation = load_model(run.inputs["model"]), load_examples(data, "validation")
+    task, pad_id, metric = (
+        get_task(run.params.task.kind),
+        load_pad_id(data, run.inputs["model"]),
+        run.params.quality.metric,
+    )
+    model, validation = load_model(run.inputs["model"]), load_examples(data, "validation", run.inputs["model"])
     before = validation_quality(model, task, validation, pad_id)
     in_float: list[str] = []
     after, quantized = before, model
@@ -44,7 +48,7 @@ def run_quantize(run: StageRun) -> dict[str, Any]:
                 break
             order = order or _most_sensitive_first(model, ranges, validation, pad_id)
             in_float.append(order[len(in_float)])
-    save_model(quantized, run.unit("model"), data / "tokenizer", extend_lineage(run.inputs["model"], "quantize"))
+    save_model(quantized, run.unit("model"), run.inputs["model"], extend_lineage(run.inputs["model"], "quantize"))
     return {
         "parameters": count_parameters(quantized),
         "before": before,
@@ -80,7 +84,7 @@ def _ranges(run: StageRun, model: nn.Module, pad_id: int) -> dict[str, Activatio
     params, names = run.params.quantize, quantizable_layers(model)
     if params.activations.mode == "dynamic":
         return dict.fromkeys(names)
-    train = load_examples(run.inputs["data"], "train")
+    train = load_examples(run.inputs["data"], "train", run.inputs["model"])
     calibration = sample(train, params.calibration_texts, run.params.seed)
     inputs = collect_inputs(model, names, calibration.input_ids, pad_id)
     return {name: choose_range(inputs[name], params.activations) for name in track(names, "calibrate")}
