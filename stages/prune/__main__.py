@@ -21,6 +21,7 @@ from stages.core.tensors import pad_tensors
 from stages.core.training import train
 from stages.prune.saliency import measure_saliency
 from stages.prune.select import parts_to_keep
+from stages.prune.sparse import make_sparse
 from stages.prune.vocabulary import trim_to_texts
 
 _BATCH_SIZE = 32
@@ -49,6 +50,7 @@ def run_prune(run: StageRun) -> dict[str, Any]:
                     recovery.epochs, run,
                 )  # fmt: skip
                 train(model, recipe, run, f"recover-{index + 1}")
+    sparse = make_sparse(model, run)
     trimmed = trim_to_texts(model, run)
     folder = run.unit("model")
     save_model(model, folder, data / "tokenizer", extend_lineage(run.inputs["model"], "prune"))
@@ -61,6 +63,7 @@ def run_prune(run: StageRun) -> dict[str, Any]:
         "before": before,
         "cuts": {str(index + 1): cut for index, cut in enumerate(cuts)},
         "validation": validation_quality(model, task, validation, pad_id),
+        "sparse": sparse,
         "vocabulary": None if trimmed is None else trimmed.metrics,
     }
 
