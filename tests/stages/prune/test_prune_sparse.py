@@ -98,7 +98,7 @@ def test_sparsegpt_lies_between_the_optimum_and_magnitude(pattern: Pattern, seed
 def test_sparsegpt_beats_wanda_beats_magnitude_on_a_wide_layer(pattern: Pattern) -> None:
     torch.manual_seed(3)
     mixing = torch.eye(300) + torch.randn(300, 300) / 40
-    inputs = (torch.randn(600, 300) @ mixing * torch.linspace(0.1, 5.0, 300)).double()
+    inputs = (torch.randn(600, 300) @ mixing * torch.linspace(0.1, 5.0, 300)[torch.randperm(300)]).double()
     weight = torch.randn(40, 300)
     gram = inputs.T @ inputs
     sparse = {
