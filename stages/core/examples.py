@@ -9,8 +9,11 @@ from pathlib import Path
 import datasets
 import numpy
 import pyarrow.parquet
+from tokenizers import Tokenizer
 
-from stages.core.artifacts import read_json
+from stages.core.artifacts import file_sha256, read_json
+from stages.core.encoding import TOKENIZER_FILE, encode, read_tokenizer
+from stages.core.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 
@@ -35,11 +38,21 @@ class Examples:
         )
 
 
-def load_examples(data: Path, split: str) -> Examples:
-    """Read a split of the tokenize stage."""
+def load_examples(data: Path, split: str, checkpoint: Path | None = None) -> Examples:
+    """Read a split of the tokenize stage.
+
+    Args:
+        data: of the tokenize stage.
+        split: which.
+        checkpoint: folder of the model that will read the tokens. Where its vocabulary was trimmed, the texts are
+            encoded again with its tokenizer. None gives the tokens as they are on disk.
+    """
     table = load_dataset(data / f"{split}.parquet").with_format("arrow")[:]
     labels = table["label"].to_numpy().astype(numpy.int64)
-    return Examples(table["text"].to_pylist(), table["input_ids"].to_pylist(), labels)
+    texts = table["text"].to_pylist()
+    if checkpoint is None or _same_tokenizer(data, checkpoint):
+        return Examples(texts, table["input_ids"].to_pylist(), labels)
+    return Examples(texts, encode(read_tokenizer(checkpoint, load_maximum_length(data)), texts), labels)
 
 
 def load_dataset(path: Path) -> datasets.Dataset:
@@ -52,9 +65,20 @@ def load_labels(data: Path) -> list[str]:
     return list(read_json(data / "labels.json"))
 
 
-def load_pad_id(data: Path) -> int:
-    """Token id that fills short texts."""
-    return int(read_json(data / "tokens.json")["pad_id"])
+def load_pad_id(data: Path, checkpoint: Path | None = None) -> int:
+    """Token id that fills short texts, for the data's tokenizer or for that of a checkpoint; see `load_examples`."""
+    pad_id = int(read_json(data / "tokens.json")["pad_id"])
+    if checkpoint is None or _same_tokenizer(data, checkpoint):
+        return pad_id
+    token = Tokenizer.from_file(str(data / "tokenizer" / TOKENIZER_FILE)).id_to_token(pad_id)
+    found = token and Tokenizer.from_file(str(checkpoint / TOKENIZER_FILE)).token_to_id(token)
+    if found is None:
+        raise UserError(f"{checkpoint / TOKENIZER_FILE}: has no {token}, with which {data} fills short texts")
+    return int(found)
+
+
+def _same_tokenizer(data: Path, checkpoint: Path) -> bool:
+    return file_sha256(data / "tokenizer" / TOKENIZER_FILE) == file_sha256(checkpoint / TOKENIZER_FILE)
 
 
 def load_maximum_length(data: Path) -> int:

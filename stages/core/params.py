@@ -394,6 +394,45 @@ class RecoveryParams(Section):
     optimizer: OptimizerParams
 
 
+class UnstructuredParams(Section):
+    """Single weights go, wherever they are."""
+
+    kind: Literal["unstructured"]
+    sparsity: ProperFraction
+    """Share of each linear layer's weights to remove."""
+
+
+class NOfMParams(Section):
+    """Of every `m` weights in a row, at most `n` stay (2 of 4 is what NVIDIA's sparse tensor cores multiply)."""
+
+    kind: Literal["n_of_m"]
+    n: Number
+    m: Number
+
+    @model_validator(mode="after")
+    def _some_go(self) -> Self:
+        if self.n >= self.m:
+            raise ValueError(f"n {self.n} must be smaller than m {self.m}; set prune.sparse: null to remove nothing")
+        return self
+
+
+class SparseParams(Section):
+    """Zeros in the encoder's linear layers, which keep their shapes."""
+
+    method: Literal["magnitude", "wanda", "sparsegpt"]
+    """wanda: |weight| x norm of its input (2306.11695); sparsegpt: the weights that stay make up for those that go
+    (2301.00774)."""
+    pattern: Annotated[UnstructuredParams | NOfMParams, Field(discriminator="kind")]
+
+
+class VocabularyParams(Section):
+    """Tokens that the texts at hand do not need leave the embedding and the tokenizer."""
+
+    minimum_count: Number
+    """How often the corpus must need a token, where the task's own texts do not; with 1 no encoding of the corpus
+    changes."""
+
+
 class PruneParams(Section):
     """Structured pruning by saliency on the user's data."""
 
@@ -418,6 +457,8 @@ class PruneParams(Section):
     reconstruct: bool
     """Fit what stays of each layer to the output of the whole one, by least squares (Kwon et al., 2204.09656)."""
     recovery: RecoveryParams
+    sparse: SparseParams | None
+    vocabulary: VocabularyParams | None
 
 
 class ActivationParams(Section):

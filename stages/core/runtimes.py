@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from stages.core.artifacts import MANIFEST, STATE, read_json, verify
 from stages.core.batches import length_batches, pad, token_batches
+from stages.core.encoding import encode, read_tokenizer
 from stages.core.errors import UserError
 from stages.core.hardware import describe_cpu, int8_saturates, thread_limit, usable_processors
 from stages.core.metrics import softmax
@@ -74,7 +75,7 @@ class ExportedModel:
             inputs=(description["inputs"][0], description["inputs"][1]),
             quantized=description["quantized"],
             parameters=description["parameters"],
-            tokenizer=_load_tokenizer(folder, description["maximum_length"]),
+            tokenizer=read_tokenizer(folder, description["maximum_length"]),
             pad_id=description["pad_id"],
         )
 
@@ -90,7 +91,7 @@ class ExportedModel:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Turn texts into token ids, special tokens included, cut at the maximum length. An empty text is a text."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast([_encodable(text) for text in texts])]
+        return encode(self.tokenizer, texts)
 
 
 class Runtime(Protocol):
@@ -331,21 +332,6 @@ def _mentions_onnx(folder: Path) -> bool:
     if (folder / ONNX_FILE).exists():
         return True
     return (folder / MANIFEST).exists() and ONNX_FILE in read_json(folder / MANIFEST)["files"]
-
-
-def _load_tokenizer(folder: Path, maximum_length: int) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; export the model again, or `dvc checkout` to restore it")
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(maximum_length)
-    return tokenizer
-
-
-def _encodable(text: str) -> str:
-    """JSON can carry half a surrogate pair, which no UTF-8 text can; it becomes a question mark."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _providers(name: str, model: ExportedModel) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -20,8 +21,9 @@ from stages.core.cascade import (
 )
 from stages.core.checkpoints import load_model
 from stages.core.choice import RUNTIME_FILE, Setting, write_choice
+from stages.core.encoding import read_tokenizer
 from stages.core.errors import UserError
-from stages.core.examples import Examples, load_examples, load_labels
+from stages.core.examples import Examples, load_examples, load_labels, load_pad_id
 from stages.core.judging import predict_logits
 from stages.core.runtimes import REFERENCE_RUNTIME, available_runtimes, safe_runtimes
 from stages.core.stage import StageRun, command
@@ -42,20 +44,27 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     test = _read_test(run, model)
     prepare_pytorch()
     network = load_model(run.inputs["reference"])
+    # The reference keeps the whole vocabulary, where the model's may be trimmed: each reads its own tokens.
+    one = models_of(model)[-1]
+    whole = replace(
+        one,
+        tokenizer=read_tokenizer(run.inputs["reference"], one.maximum_length),
+        pad_id=load_pad_id(run.inputs["data"], run.inputs["reference"]),
+    )
     naive = naive_length(params.latency.naive_length, network)
 
     run.say(f"quality on {len(test)} texts")
     runtime = open_exported(REFERENCE_RUNTIME, model)
     probabilities = predict_exported(model, runtime, test.texts, _BATCH_SIZE)[1]
     runtimes = _usable_runtimes(run, model)
-    reference = predict_logits(network, test.input_ids, model.pad_id).argmax(dim=1).numpy()
+    reference = predict_logits(network, whole.encode(test.texts), whole.pad_id).argmax(dim=1).numpy()
     predictions = probabilities.argmax(axis=1)
     against = compare(predictions, reference, test.labels, run.params.quality, params, run.params.seed)
     write_tables(run.staging, test.texts, test.labels, probabilities, model.labels, params.calibration_bins)
 
     run.say("speed beside both baselines")
     lengths = (None, naive)
-    services = {name: PyTorchService(network, model, length) for name, length in zip(BASELINES, lengths, strict=True)}
+    services = {name: PyTorchService(network, whole, length) for name, length in zip(BASELINES, lengths, strict=True)}
     speed = _measure_speed(run, Contest(model, runtimes, services, test.texts, params.latency, run.params.seed))
     for name in runtimes[1:]:
         others = predict_exported(model, open_exported(name, model), test.texts, _BATCH_SIZE)[0]

@@ -19,7 +19,7 @@ class PyTorchService:
 
     Args:
         network: classifier in float32.
-        model: whose tokenizer is used, so that all contenders share it.
+        model: with the tokenizer of the network.
         length: to pad to; None pads to the longest text in the batch.
     """
 

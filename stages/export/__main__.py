@@ -22,14 +22,14 @@ from stages.export.size import expected_bytes, largest_bytes
 def run_export(run: StageRun) -> dict[str, Any]:
     """Export a checkpoint and hold it against PyTorch."""
     params, data = run.params.export, run.inputs["data"]
-    task, pad_id = get_task(run.params.task.kind), load_pad_id(data)
+    task, pad_id = get_task(run.params.task.kind), load_pad_id(data, run.inputs["model"])
     model = load_model(run.inputs["model"])
     quantized = is_quantized(model)
 
     folder = run.unit("model")
     path = folder / "model.onnx"
     proto = export_onnx(model, path, task.onnx_inputs, task.onnx_output, params.opset)
-    texts = sample(load_examples(data, "validation"), params.parity_texts, run.params.seed)
+    texts = sample(load_examples(data, "validation", run.inputs["model"]), params.parity_texts, run.params.seed)
     difference = largest_difference(model, path, texts.input_ids, pad_id, task.onnx_inputs)
     tolerance = params.quantized_tolerance if quantized else params.tolerance
     run.say(f"largest difference of a logit from PyTorch {difference:.2g}, tolerated {tolerance:.2g}")
@@ -45,7 +45,7 @@ def run_export(run: StageRun) -> dict[str, Any]:
     for name, fusion in fusions.items():
         run.say(describe(name, fusion, int8_products))
         hold_fusion(name, fusion, int8_products, params.int8_fused, run.inputs["model"])
-    copy_tokenizer(data / "tokenizer", folder)
+    copy_tokenizer(run.inputs["model"], folder)
     description = {
         "task": run.params.task.kind,
         "labels": load_labels(data),

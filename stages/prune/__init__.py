@@ -14,4 +14,8 @@ ZipLM, 2302.04089), parts are swapped by how they interact, and the exported can
 input until the speed is as asked. What stays of each layer is then fitted to the output of the whole one by least
 squares. All of that trains nothing. Whole layers may go first (2004.03844). Last, a short distillation from the teacher
 brings back most of what the cut cost. Speedup 1, or sparsity zero, hands the student through.
+
+Last, where params ask: zeros in the layers that are left (magnitude, Wanda 2306.11695, SparseGPT 2301.00774), which
+dense kernels gain nothing from; and a vocabulary without the tokens that the texts never need. The checkpoint's
+tokenizer then differs from that of the tokenized data, and later stages encode the texts again.
 """

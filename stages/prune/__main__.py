@@ -28,7 +28,9 @@ from stages.prune.layers import drop_layers
 from stages.prune.reconstruct import reconstruct
 from stages.prune.saliency import Saliency, gate_gradients, score
 from stages.prune.select import parts_to_keep
+from stages.prune.sparse import make_sparse
 from stages.prune.target import cut_to_speedup, keep, nearest
+from stages.prune.vocabulary import trim_to_texts
 
 _BATCH_SIZE = 32
 
@@ -52,7 +54,13 @@ def run_prune(run: StageRun) -> dict[str, Any]:
                 run.say(_describe(index, before, cut))
                 if lesson is not None:
                     _recover(model, task, lesson, validation, run, index)
-    save_model(model, run.unit("model"), data / "tokenizer", extend_lineage(run.inputs["model"], "prune"))
+    sparse = make_sparse(model, run)
+    trimmed = trim_to_texts(model, run)
+    folder = run.unit("model")
+    save_model(model, folder, data / "tokenizer", extend_lineage(run.inputs["model"], "prune"))
+    if trimmed is not None:
+        trimmed.write(folder)
+        validation, pad_id = load_examples(data, "validation", folder), load_pad_id(data, folder)
     return {
         "parameters": count_parameters(model),
         "layers": layers,
@@ -61,6 +69,8 @@ def run_prune(run: StageRun) -> dict[str, Any]:
         "before": before,
         "cuts": {str(index + 1): cut for index, cut in enumerate(cuts)},
         "validation": validation_quality(model, task, validation, pad_id),
+        "sparse": sparse,
+        "vocabulary": None if trimmed is None else trimmed.metrics,
     }
 
 

@@ -20,12 +20,12 @@ _WIDE_PRODUCTS = {"avx_vnni", "avx512_vnni", "amx_int8"}
 
 def run_quantize(run: StageRun) -> dict[str, Any]:
     """Take the first recipe that passes the gate; hand the checkpoint on in float where none does."""
-    data, model = run.inputs["data"], load_model(run.inputs["model"])
+    model = load_model(run.inputs["model"])
     kitchen = Kitchen(run, model)
     before = validation_quality(model, kitchen.task, kitchen.validation, kitchen.pad_id)
     _warn_of_saturation(run)
     taken, attempt, verdicts = _first_that_passes(run, kitchen)
-    save_model(attempt.model, run.unit("model"), data / "tokenizer", extend_lineage(run.inputs["model"], "quantize"))
+    save_model(attempt.model, run.unit("model"), run.inputs["model"], extend_lineage(run.inputs["model"], "quantize"))
     write_json(run.staging / LAYERS_FILE, attempt.layers)
     return {
         "recipe": taken,

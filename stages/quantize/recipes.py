@@ -53,8 +53,8 @@ class Kitchen:
 
     def __init__(self, run: StageRun, model: nn.Module):
         self.run, self.model, self.params = run, model, run.params.quantize
-        self.task, self.pad_id = get_task(run.params.task.kind), load_pad_id(run.inputs["data"])
-        self.validation = load_examples(run.inputs["data"], "validation")
+        self.task, self.pad_id = get_task(run.params.task.kind), load_pad_id(run.inputs["data"], run.inputs["model"])
+        self.validation = load_examples(run.inputs["data"], "validation", run.inputs["model"])
         self.limit = 2 ** (self.params.weight_bits - 1) - 1
 
     @cached_property
@@ -70,7 +70,7 @@ class Kitchen:
     @cached_property
     def train(self) -> Examples:
         """Training texts."""
-        return load_examples(self.run.inputs["data"], "train")
+        return load_examples(self.run.inputs["data"], "train", self.run.inputs["model"])
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:

@@ -83,6 +83,7 @@ def render(findings: Findings, params: Params, figures: Mapping[str, Figure]) ->
         cascade=findings.metrics["cascade"],
         passed_on=findings.evaluations.get("cascade", {}).get("passed_on"),
         attempts=_attempts(findings),
+        sparsity=_sparsity(findings),
         devices=read_devices(findings.deploy_check, params.deploy_check),
         provenance=flatten(findings.provenance),
         splits=_splits(findings),
@@ -201,6 +202,14 @@ def _training(findings: Findings, stage: str) -> dict[str, Any]:
     else:
         note = f"Training loss {history['train_loss'].dropna().iloc[-1]:.3f}"
     return {"stage": stage, "picture": f"curves_{stage}", "note": f"{note}, {history['step'].max():,.0f} steps."}
+
+
+def _sparsity(findings: Findings) -> str | None:
+    """What zeros in full-sized layers bring, where pruning left some; None elsewhere."""
+    sparse = findings.metrics.get("prune", {}).get("sparse")
+    if sparse is None:
+        return None
+    return f"{sparse['overall']:.0%} of the encoder's weights are zero ({sparse['method']}): {sparse['speed']}."
 
 
 def _descriptions(findings: Findings) -> dict[str, str]:

@@ -144,6 +144,8 @@ def test_values_must_fit_each_other(path: str, value: object, message: str) -> N
         ("acquire.data.source.version", ">=0.5"),
         ("finetune.optimizer.learning_rate", 0.0),
         ("prune.sparsity.heads", 1.0),
+        ("prune.sparse", {"method": "wanda", "pattern": {"kind": "n_of_m", "n": 4, "m": 4}}),
+        ("prune.vocabulary.minimum_count", 0),
         ("quantize.activations.percentile", 50.0),
         ("evaluate.latency.batch_sizes", []),
         ("evaluate.latency.batch_sizes", [8, 0]),

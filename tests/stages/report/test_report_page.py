@@ -107,6 +107,13 @@ def test_the_recipe_taken_and_why_those_before_it_failed_are_told(html: HTMLPars
     assert told.endswith("int8_static fails: it costs 0.0120 accuracy; int8_dynamic is taken.")
 
 
+def test_zeros_without_speed_are_told_where_there_are_some(project: Path) -> None:
+    assert "weights are zero" not in page_of()
+    sparse = {"method": "wanda", "overall": 0.5, "speed": "they only pack smaller"}
+    change_metrics(project / "artifacts/prune", sparse=sparse)
+    assert "50% of the encoder&#39;s weights are zero (wanda): they only pack smaller." in page_of()
+
+
 def test_a_model_below_the_floor_is_marked_and_never_the_answer(project: Path) -> None:
     folder = project / "artifacts/evaluate/quantize"
     against = json.loads((folder / "metrics.json").read_text())["against_reference"]
