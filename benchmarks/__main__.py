@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import resource
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,16 +30,21 @@ from stages.core.runtimes import ONNX_FILE, ExportedModel, open_runtime
 from stages.core.timing import watch_other_load
 
 _RESULTS = "results.json"
+_FOLDERS = ("task_artifacts", "environments", "work", "results", "docs")
 
 
 def main() -> int:
     """Measure, write the results, the page and the picture."""
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped workers must be ended, not left behind
     try:
         _run(arguments)
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -66,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{REFERENCE}: {measured[REFERENCE]['error']}; without it there is nothing to compare with")
     test = load_examples(plan.data, "test")
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": _command(arguments),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "contenders": [dataclasses.asdict(contender) for contender in contenders],
         "measured": measured,
@@ -94,6 +100,16 @@ def _run(arguments: argparse.Namespace) -> None:
     say(f"{len(rows) - len(failures)} contenders measured, {len(failures)} failed; {arguments.docs}/benchmarks.md")
     for row in failures:
         say(f"failed: {row.title}: {row.error}")
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The call as another machine would repeat it: what differs from the defaults, folders left out."""
+    given = [
+        f"--{name.replace('_', '-')} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"
+        for name, value in vars(arguments).items()
+        if name not in _FOLDERS and value != _parser().get_default(name)
+    ]
+    return " ".join(["python -m benchmarks", *given])
 
 
 def _contenders_seconds() -> float:
@@ -184,9 +200,9 @@ def _parser() -> argparse.ArgumentParser:
         "--results", default=str(ARTIFACTS / "benchmarks" / _RESULTS), help="file to add the results to"
     )
     parser.add_argument("--docs", default="docs", help="folder for benchmarks.md and benchmarks.png")
-    parser.add_argument("--rounds", type=int, default=7, help="in which all take turns")
+    parser.add_argument("--rounds", type=int, default=5, help="in which all take turns")
     parser.add_argument("--texts", type=int, default=512, help="of the test split answered in a round, at most")
-    parser.add_argument("--single-texts", type=int, default=210, help="answered one by one over all rounds, at most")
+    parser.add_argument("--single-texts", type=int, default=200, help="answered one by one over all rounds, at most")
     parser.add_argument("--metric", default="accuracy", choices=("accuracy", "f1_macro", "f1_weighted"))
     parser.add_argument(
         "--floor", type=float, default=0.01, help="quality that a contender may lose to count as the best"

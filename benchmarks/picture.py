@@ -55,7 +55,7 @@ def _draw_speed(axes: Axes, name: str, rows: Sequence[Row]) -> None:
         label.set_color(_OURS if row.headroom else _INK)
         label.set_fontweight("bold" if row.headroom else "normal")
     axes.set_title(f"{name}: texts a second", loc="left", fontsize=10)
-    _bare(axes)
+    _bare(axes, len(rows))
 
 
 def _draw_quality(axes: Axes, rows: Sequence[Row], floor: float) -> None:
@@ -65,18 +65,18 @@ def _draw_quality(axes: Axes, rows: Sequence[Row], floor: float) -> None:
         axes.hlines(height, 100 * row.low, 100 * row.high, color=_colour(row), linewidth=2)
         axes.plot(100 * row.difference, height, "o", color=_colour(row), markersize=5)
     axes.set_yticks([])
-    axes.set_title("points of quality against fine-tuned; dotted: the floor", loc="left", fontsize=10)
-    _bare(axes)
+    axes.set_title("points against fine-tuned; dotted: floor", loc="left", fontsize=10)
+    _bare(axes, len(rows))
 
 
 def _colour(row: Row) -> str:
     return _OURS if row.headroom else _THEIRS
 
 
-def _bare(axes: Axes) -> None:
+def _bare(axes: Axes, rows: int) -> None:
     axes.set_axisbelow(True)
     axes.grid(axis="x", color=_GRID)
     axes.tick_params(labelsize=8, length=0)
-    axes.margins(y=0.02)
+    axes.set_ylim(-0.6, rows - 0.4)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

@@ -40,9 +40,10 @@ class Worker:
         module: to run.
         request: what to serve.
         log: file for what it prints.
+        folder: that it runs in.
     """
 
-    def __init__(self, python: Path, module: str, request: Mapping[str, Any], log: Path):
+    def __init__(self, python: Path, module: str, request: Mapping[str, Any], log: Path, folder: Path = ROOT):
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         with log.open("w", encoding="utf-8") as stream:
@@ -52,10 +53,15 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
-                cwd=ROOT,
+                cwd=folder,
                 env=environment(python),
             )
-        self._process.send_signal(signal.SIGSTOP)
+        self._stop()
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Let it work on a request, then stop it again.
@@ -74,7 +80,7 @@ class Worker:
         if not line:
             self._process.wait(_SECONDS_TO_END)
             raise WorkerError(last_complaint(self._log.read_text(encoding="utf-8", errors="replace")))
-        self._process.send_signal(signal.SIGSTOP)
+        self._stop()
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -83,6 +89,11 @@ class Worker:
         if self._process.poll() is None:
             self._process.kill()  # it holds nothing that needs saving, and a stopped process hears nothing else
         self._process.communicate()
+
+    def _stop(self) -> None:
+        """Stop the process, and wait until it stands still: the signal alone promises no time."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def __enter__(self) -> Worker:
         return self

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy
 import onnx
+import psutil
 import pytest
 from onnx import TensorProto, helper
 
@@ -24,7 +26,9 @@ from benchmarks.environments import PEERS as PEER_FOLDERS
 from benchmarks.environments import last_complaint, pins
 from benchmarks.page import difference, render_page, render_section, table_line
 from benchmarks.peers.service import Answering, pad
+from benchmarks.picture import draw
 from benchmarks.summary import Row, fastest, make_rows, soonest, victories
+from benchmarks.workers import Worker, WorkerError, run_once
 from stages.core.errors import UserError
 
 REFERENCE_CONTENDER = PEERS[0]
@@ -247,3 +251,30 @@ def test_operations_count_tokens_before_the_selection_and_texts_after_it(tmp_pat
     path = tmp_path / "model.onnx"
     onnx.save(helper.make_model(graph), str(path))
     assert operations_per_text(path, tokens=10.0) == 2 * 4 * 6 * 10 + 2 * 6 * 3
+
+
+def test_the_picture_holds_every_contender_that_ran(rows: list[Row], tmp_path: Path) -> None:
+    draw({"questions": rows, "reviews": rows[:2]}, 0.01, tmp_path / "docs" / "benchmarks.png")
+    assert (tmp_path / "docs" / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_worker_answers_stops_between_turns_and_tells_why_it_died(tmp_path: Path) -> None:
+    package = tmp_path / "answers.py"
+    package.write_text(
+        "import json, sys\n"
+        "for line in sys.stdin:\n"
+        "    if json.loads(line)['do'] == 'die':\n"
+        "        raise ValueError('no more')\n"
+        "    print(json.dumps({'asked': json.loads(line)['do'], 'given': sys.argv[1]}), flush=True)\n"
+    )
+    with Worker(Path(sys.executable), "answers", {"a": 1}, tmp_path / "log", folder=tmp_path) as worker:
+        assert worker.ask({"do": "this"}) == {"asked": "this", "given": '{"a": 1}'}
+        assert psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED
+        assert worker.ask({"do": "that"})["asked"] == "that"
+        with pytest.raises(WorkerError, match="ValueError: no more"):
+            worker.ask({"do": "die"})
+
+
+def test_a_process_that_fails_gives_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"No module named '?no_such_module"):
+        run_once(Path(sys.executable), "no_such_module", {}, seconds=60)
