@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks.environments import last_complaint
 
 ROOT = Path(__file__).parents[1]
 _SECONDS_TO_END = 10
+_LONGEST_TURN_SECONDS = 900
 _SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "true",
@@ -67,16 +69,20 @@ class Worker:
         """Let it work on a request, then stop it again.
 
         Raises:
-            WorkerError: if it ends instead of answering.
+            WorkerError: if it ends instead of answering, or takes longer than a quarter of an hour.
         """
         assert self._process.stdin and self._process.stdout
         self._process.send_signal(signal.SIGCONT)
+        watchdog = threading.Timer(_LONGEST_TURN_SECONDS, self._process.kill)
+        watchdog.start()
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            watchdog.cancel()
         if not line:
             self._process.wait(_SECONDS_TO_END)
             raise WorkerError(last_complaint(self._log.read_text(encoding="utf-8", errors="replace")))
