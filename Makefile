@@ -1,6 +1,6 @@
 # Two commands do the main job: `make run` and `make test`. Both make .venv first; a second call starts at once.
 .DEFAULT_GOAL := help
-.PHONY: help run test ui lint format clean gpu
+.PHONY: help run test ui bench lint format clean gpu
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +24,9 @@ test: $(INSTALLED) lint ## run the checks of `lint`, then the tests; ARGS="-k pr
 
 ui: $(INSTALLED) ## serve the MLflow UI and Prefect on 127.0.0.1 until Ctrl-C
 	@$(BIN)/python -m flows.ui
+
+bench: $(INSTALLED) ## measure Headroom beside its peers on the finished run; ARGS="--only optimum" and the like
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy and import-linter
 	@$(BIN)/ruff check --quiet .
