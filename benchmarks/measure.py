@@ -156,11 +156,9 @@ def _start(plan: Plan, contender: Contender) -> Worker:
     python = python_of(contender.peer, plan.environments)
     log = plan.work / "logs" / f"{contender.name}.log"
     if contender.headroom:
-        choice = chosen(plan.artifacts, contender.variant)
         request: dict[str, Any] = {
             "model": str((plan.artifacts / contender.variant).resolve()),
-            "runtimes": {"latency": choice.latency, "throughput": choice.throughput},
-            "threads": thread_limit(),
+            "settings": chosen(plan.artifacts, contender.variant),
         }
         return Worker(python, "benchmarks.headroom", request, log)
     request = {
@@ -196,8 +194,8 @@ def _sweep(plan: Plan, contender: Contender, worker: Worker, test: Examples) -> 
 def _runtime_names(plan: Plan, contender: Contender) -> dict[str, str]:
     if not contender.headroom:
         return {}
-    choice = chosen(plan.artifacts, contender.variant)
-    return {"latency": choice.latency, "throughput": choice.throughput}
+    settings = chosen(plan.artifacts, contender.variant)
+    return {goal: setting["runtime"] for goal, setting in settings.items()}
 
 
 def _timed_texts(plan: Plan, contender: Contender, test: Examples) -> list[str]:
