@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from stages.core.quantized import QuantizedLinear
 from stages.core.structure import encoder_layers, head_size, is_compressible
@@ -48,8 +47,6 @@ def fits(model: nn.Module) -> bool:
         and bool(layers)
         and all({name for name, _ in layer.named_children()} == _LAYER_PARTS for layer in layers)
         and all(type(part).__module__.startswith("transformers.") for part in known)
-        and type(body.embeddings.position_embeddings) is nn.Embedding
-        and type(body.embeddings.token_type_embeddings) is nn.Embedding
     )
 
 
@@ -83,22 +80,31 @@ class LeanClassifier(nn.Module):
 class _Embeddings(nn.Module):
     """Embed words and positions, [batch, length, features]."""
 
-    table: Tensor
+    token_type: Tensor
 
     def __init__(self, embeddings: Any):
         super().__init__()
         self.words, self.norm = embeddings.word_embeddings, embeddings.LayerNorm
-        table = embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
-        self.register_buffer("table", table.detach())
+        self.table = embeddings.position_embeddings
+        token_type = embeddings.token_type_embeddings(torch.zeros(1, dtype=torch.int64))
+        self.in_float = type(self.table) is nn.Embedding
+        if self.in_float:
+            both = self.table.weight.detach() + token_type.detach()
+            self.table = nn.Embedding.from_pretrained(both)  # type: ignore[no-untyped-call]
+        self.register_buffer("token_type", token_type.detach())
         # RoBERTa's kin count positions over the tokens that are no padding.
         self.positions = getattr(embeddings, "create_position_ids_from_input_ids", None)
         self.padding = getattr(embeddings, "padding_idx", None)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        if self.positions is None:
-            positions = self.table[: input_ids.shape[1]]
+        if self.positions is not None:
+            positions = self.table(self.positions(input_ids, self.padding))
+        elif self.in_float:
+            positions = self.table.weight[: input_ids.shape[1]]
         else:
-            positions = functional.embedding(self.positions(input_ids, self.padding), self.table)
+            positions = self.table(torch.arange(input_ids.shape[1]))
+        if not self.in_float:
+            positions = positions + self.token_type
         embedded: Tensor = self.norm(self.words(input_ids) + positions)
         return embedded
 

@@ -54,11 +54,14 @@ class TrimmedVocabulary:
 
 
 def trim_to_texts(model: nn.Module, run: StageRun) -> TrimmedVocabulary | None:
-    """Trim a model's embedding, in place, to the task's texts and the corpus, as params ask; None where they do not."""
+    """Trim a model's embedding, in place, to the training texts and the corpus, as params ask; None where they do not.
+
+    Validation texts are no reason to keep a token: their quality after the cut tells what it costs unseen text.
+    """
     params, data = run.params.prune.vocabulary, run.inputs["data"]
     if params is None:
         return None
-    own = [text for split in ("train", "validation") for text in load_examples(data, split).texts]
+    own = load_examples(data, "train").texts
     corpus = load_dataset(run.inputs["corpus"] / "corpus.parquet")["text"]
     trimmed = trim_vocabulary(model, data / "tokenizer", own, list(corpus), params.minimum_count)
     counts = trimmed.metrics

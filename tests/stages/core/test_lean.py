@@ -18,7 +18,7 @@ from transformers import (
 
 from stages.core.lean import LeanClassifier, fits, scale_into
 from stages.core.onnx_graph import LogitsOnly, export_onnx
-from stages.core.quantized import ActivationRange, QuantizedLinear, replace_module
+from stages.core.quantized import ActivationRange, HalfEmbedding, QuantizedEmbedding, QuantizedLinear, replace_module
 from stages.core.structure import encoder_layers, keep_parts
 
 SIZES: dict[str, Any] = {
@@ -68,6 +68,18 @@ def test_layers_of_any_width_even_none_give_the_same_logits(family: str) -> None
     first, second = encoder_layers(model)
     keep_parts(first, torch.tensor([], dtype=torch.long), torch.arange(7))
     keep_parts(second, torch.tensor([0, 2, 3]), torch.tensor([], dtype=torch.long))
+    assert difference(model) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [QuantizedEmbedding, HalfEmbedding])
+def test_tables_of_fewer_bits_give_the_same_logits(family: str, kind: Any) -> None:
+    model = build(family)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding):
+            small = kind.from_embedding(module, "bf16") if kind is HalfEmbedding else kind.from_embedding(module)
+            replace_module(model, name, small)
+    assert fits(model)
     assert difference(model) < 1e-5
 
 
