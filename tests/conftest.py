@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,15 @@ def tiny_texts(count: int) -> tuple[list[str], list[int]]:
         texts.append(" ".join([*filler, word]))
         labels.append(label)
     return texts, labels
+
+
+@pytest.fixture(autouse=True)
+def own_precision() -> Iterator[None]:
+    """Let each test train in a precision of its own: accelerate holds on to the first one of a process."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

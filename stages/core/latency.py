@@ -45,6 +45,8 @@ class LatencyTable:
     """Attention by number of heads; 0 costs nothing."""
     neurons: dict[int, float]
     """Feed-forward by number of neurons; 0 costs nothing."""
+    last: float
+    """What the last layer's parts cost as a share of another layer's: exported, it answers for the first token only."""
 
     def attention_seconds(self, heads: int) -> float:
         """Time of a layer's attention, between measured widths by straight lines."""
@@ -57,7 +59,12 @@ class LatencyTable:
     def model_seconds(self, widths: Sequence[LayerWidth]) -> float:
         """Time of a whole model."""
         parts = [self.attention_seconds(width.heads) + self.feed_forward_seconds(width.neurons) for width in widths]
-        return self.rest + self.shell * len(widths) + sum(parts)
+        weighted = sum(share * part for share, part in zip(self.shares(len(widths)), parts, strict=True))
+        return self.rest + self.shell * len(widths) + weighted
+
+    def shares(self, layers: int) -> list[float]:
+        """What each layer's parts cost as a share of an ordinary layer's."""
+        return [1.0] * (layers - 1) + [self.last] * min(layers, 1)
 
     def largest_speedup(self, widths: Sequence[LayerWidth]) -> float:
         """How many times faster the model would be without any heads and neurons."""

@@ -60,9 +60,10 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
         raise UserError(f"export.opset: weights in groups need {_FIRST_OPSET_WITH_GROUPS} or higher, got {opset}")
     ids = torch.ones(_SAMPLE_TEXTS, _SAMPLE_LENGTH, dtype=torch.int64)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    form = (LeanClassifier(model) if fits(model) else LogitsOnly(model)).eval()
     with _quietly():
         program: Any = torch.onnx.export(
-            (LeanClassifier(model) if fits(model) else LogitsOnly(model)).eval(),
+            form,
             (ids, torch.ones_like(ids)),
             dynamo=True,
             input_names=list(inputs),
@@ -74,7 +75,7 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
         )
     _strip_traces(program.model)
     proto: onnx.ModelProto = program.model_proto
-    _give_groups_their_type(proto, model)
+    _give_groups_their_type(proto, form)
     if proto.ByteSize() > _LARGEST_INLINE_BYTES:
         program.save(path, external_data=True)
     else:
@@ -111,13 +112,13 @@ def _grouped_layers(model: nn.Module) -> dict[str, GroupedLinear]:
     return {name: part for name, part in model.named_modules() if isinstance(part, GroupedLinear)}
 
 
-def _give_groups_their_type(proto: onnx.ModelProto, model: nn.Module) -> None:
+def _give_groups_their_type(proto: onnx.ModelProto, form: nn.Module) -> None:
     """PyTorch has no 4-bit tensors: the packed bytes are those of ONNX's UINT4, and get its type and shape here."""
     initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
     told = {value.name: value for value in proto.graph.value_info}
-    for name, layer in _grouped_layers(model).items():
+    for name, layer in _grouped_layers(form).items():
         for part, rows in (("weight", layer.in_features), ("zero_point", layer.in_features // layer.group)):
-            tensor = initializers[f"model.{name}.{part}"]
+            tensor = initializers[f"{name}.{part}"]
             tensor.data_type = onnx.TensorProto.UINT4 if layer.bits == 4 else onnx.TensorProto.UINT8
             tensor.dims[:] = [rows, layer.out_features]
             if tensor.name in told:

@@ -95,13 +95,15 @@ class _Builder:
         bias = self.node("Mul", hidden, self.constant(numpy.float32(-1e4)))
         return self.node("Unsqueeze", bias, self.constant(numpy.array([1, 2], numpy.int64)))
 
-    def attention(self, inputs: str, mask_bias: str, heads: int) -> str:
+    def attention(self, asking: str, inputs: str, mask_bias: str, heads: int) -> str:
         shape, width = self.shape, heads * self.shape.head_size
         apart = self.constant(numpy.array([0, 0, heads, shape.head_size], numpy.int64))
         together = self.constant(numpy.array([0, 0, width], numpy.int64))
         seen = self.observed(inputs)
+        asked = seen if asking == inputs else self.observed(asking)
         query, key, value = (
-            self.node("Reshape", self.linear(seen, shape.hidden, width, shape.quantized), apart) for _ in range(3)
+            self.node("Reshape", self.linear(each, shape.hidden, width, shape.quantized), apart)
+            for each in (asked, seen, seen)
         )
         scaled = self.node(
             "Mul", self.node("Transpose", query, perm=[0, 2, 1, 3]), self.constant(numpy.float32(shape.head_size**-0.5))
@@ -117,10 +119,13 @@ class _Builder:
         inner = self.node("Gelu", self.linear(self.observed(inputs), shape.hidden, neurons, shape.quantized))
         return self.linear(self.observed(inner), neurons, shape.hidden, shape.quantized)
 
-    def layer(self, inputs: str, mask_bias: str, width: LayerWidth) -> str:
-        hidden = self.shape.hidden
-        added = self.attention(inputs, mask_bias, width.heads) if width.heads else self.constant(self.random(hidden))
-        middle = self.norm(self.node("Add", added, inputs))
+    def layer(self, inputs: str, mask_bias: str, width: LayerWidth, first_only: bool) -> str:
+        hidden, asking = self.shape.hidden, inputs
+        if first_only:
+            asking = self.node("Gather", inputs, self.constant(numpy.array([0], numpy.int64)), axis=1)
+        nothing = self.constant(self.random(hidden))
+        added = self.attention(asking, inputs, mask_bias, width.heads) if width.heads else nothing
+        middle = self.norm(self.node("Add", added, asking))
         added = self.feed_forward(middle, width.neurons) if width.neurons else self.constant(self.random(hidden))
         return self.norm(self.node("Add", added, middle))
 
@@ -132,19 +137,22 @@ class _Builder:
         return self.linear(pooled, shape.hidden, shape.classes, quantized=False)
 
 
-def write_encoder(shape: EncoderShape, widths: Sequence[LayerWidth], path: Path) -> None:
+def write_encoder(
+    shape: EncoderShape, widths: Sequence[LayerWidth], path: Path, last_for_first_only: bool = False
+) -> None:
     """Write a text classifier with one encoder layer per width; its weights are random.
 
     Args:
         shape: hidden size and the like.
         widths: of the layers; a width of 0 leaves the block out.
         path: of the ONNX file.
+        last_for_first_only: let the last layer answer for the first token alone, as exported models do.
     """
     builder = _Builder(shape, numpy.random.default_rng(0))
     state = builder.embeddings()
     mask_bias = builder.mask_bias() if any(width.heads for width in widths) else ""
-    for width in widths:
-        state = builder.layer(state, mask_bias, width)
+    for index, width in enumerate(widths, start=1):
+        state = builder.layer(state, mask_bias, width, last_for_first_only and index == len(widths))
     builder.nodes.append(helper.make_node("Identity", [builder.head(state)], ["logits"]))
     graph = helper.make_graph(
         builder.nodes,

@@ -61,10 +61,13 @@ def measure_table(
         folder = Path(name)
         chosen = runtime or _faster_runtime(shape, [largest] * _LAYERS, folder, goal, batches, seed)
         opened = _open_all(shape, models, folder, chosen, goal)
-        full = _open(shape, [largest] * _LAYERS, folder, chosen, goal)
+        full = opened["full"] = _open(shape, [largest] * _LAYERS, folder, chosen, goal)
+        opened["short"] = _open(shape, [largest] * _LAYERS, folder, chosen, goal, last_for_first_only=True)
         batches = _few_enough(full, batches, goal, seed)
         speeds = texts_a_second(opened, batches, goal, _ROUNDS, seed)
     seconds = {name: seconds_a_text(values) for name, values in speeds.items()}
+    layer = (seconds["full"] - seconds["nothing"]) / _LAYERS
+    saved = (seconds["full"] - seconds["short"]) / layer if layer > 0 else 0.0
     return without_noise(
         LatencyTable(
             runtime=chosen,
@@ -73,6 +76,7 @@ def measure_table(
             shell=max(0.0, seconds["nothing"] - seconds["no layers"]) / _LAYERS,
             heads={count: (seconds[f"heads {count}"] - seconds["nothing"]) / _LAYERS for count in heads},
             neurons={count: (seconds[f"neurons {count}"] - seconds["nothing"]) / _LAYERS for count in neurons},
+            last=min(1.0, max(0.0, 1.0 - saved)),
         )
     )
 
@@ -97,10 +101,17 @@ def _open_all(
     return {name: _open(shape, models[name], folder, runtime, goal) for name in names}
 
 
-def _open(shape: EncoderShape, widths: Sequence[LayerWidth], folder: Path, runtime: str, goal: Goal) -> Runtime:
+def _open(
+    shape: EncoderShape,
+    widths: Sequence[LayerWidth],
+    folder: Path,
+    runtime: str,
+    goal: Goal,
+    last_for_first_only: bool = False,
+) -> Runtime:
     own = folder / str(len(list(folder.iterdir())))  # one each: a runtime may read its file as long as it lives
     own.mkdir()
-    write_encoder(shape, widths, own / ONNX_FILE)
+    write_encoder(shape, widths, own / ONNX_FILE, last_for_first_only)
     return open_bare(own, runtime, goal)
 
 

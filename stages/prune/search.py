@@ -49,9 +49,9 @@ def find_parts(
     """
     scores = score(gradients, order)
     options = []
-    for layer in scores:
-        options.append(block_options(layer.heads, 1, table.attention_seconds))
-        options.append(block_options(layer.neurons, multiple, table.feed_forward_seconds))
+    for layer, share in zip(scores, table.shares(len(scores)), strict=True):
+        options.append(block_options(layer.heads, 1, table.attention_seconds, share))
+        options.append(block_options(layer.neurons, multiple, table.feed_forward_seconds, share))
     left = budget - table.model_seconds([LayerWidth(0, 0)] * len(scores))
     chosen = least_loss(options, left)
     if chosen is None:
@@ -65,18 +65,19 @@ def find_parts(
     ]
 
 
-def block_options(scores: Tensor, multiple: int, seconds: Callable[[int], float]) -> list[Option]:
+def block_options(scores: Tensor, multiple: int, seconds: Callable[[int], float], share: float = 1.0) -> list[Option]:
     """Offer every width of a block, the least important parts removed.
 
     Args:
         scores: of the parts, [parts].
         multiple: of the widths between none and all.
         seconds: function from width to time.
+        share: of that time which the block takes.
     """
     lost = numpy.concatenate([[0.0], numpy.cumsum(numpy.sort(scores.double().numpy()))])
     count = len(scores)
     return [
-        Option(width, float(lost[count - width]), seconds(width))
+        Option(width, float(lost[count - width]), share * seconds(width))
         for width in sorted({*range(0, count, multiple), count})
     ]
 

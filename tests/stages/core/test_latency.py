@@ -7,7 +7,9 @@ from stages.core.examples import Examples
 from stages.core.latency import LatencyTable, read_table, seconds_a_text, without_noise, workload, write_table
 from stages.core.structure import LayerWidth
 
-TABLE = LatencyTable("openvino-cpu", True, rest=5.0, shell=1.0, heads={2: 4.0, 4: 10.0}, neurons={16: 2.0, 32: 8.0})
+TABLE = LatencyTable(
+    "openvino-cpu", True, rest=5.0, shell=1.0, heads={2: 4.0, 4: 10.0}, neurons={16: 2.0, 32: 8.0}, last=0.5
+)
 
 
 def test_times_between_measured_widths_lie_on_a_line_and_nothing_costs_nothing() -> None:
@@ -18,8 +20,8 @@ def test_times_between_measured_widths_lie_on_a_line_and_nothing_costs_nothing()
 
 def test_a_model_takes_the_sum_of_its_parts() -> None:
     widths = [LayerWidth(4, 32), LayerWidth(0, 16)]
-    assert TABLE.model_seconds(widths) == 5.0 + 2 * 1.0 + 10.0 + 8.0 + 2.0
-    assert TABLE.largest_speedup(widths) == 27.0 / 7.0
+    assert TABLE.model_seconds(widths) == 5.0 + 2 * 1.0 + 10.0 + 8.0 + 0.5 * 2.0
+    assert TABLE.largest_speedup(widths) == 26.0 / 7.0
 
 
 @pytest.mark.parametrize("table", [TABLE, None])
@@ -29,7 +31,7 @@ def test_a_table_survives_the_disk(table: LatencyTable | None, tmp_path: Path) -
 
 
 def test_noise_is_averaged_so_that_more_never_costs_less() -> None:
-    noisy = LatencyTable("openvino-cpu", False, 1.0, 0.0, {1: 3.0, 2: 2.0, 3: 5.0}, {8: -1.0, 16: 1.0})
+    noisy = LatencyTable("openvino-cpu", False, 1.0, 0.0, {1: 3.0, 2: 2.0, 3: 5.0}, {8: -1.0, 16: 1.0}, 1.0)
     calm = without_noise(noisy)
     assert calm.heads == {1: 2.5, 2: 2.5, 3: 5.0}
     assert calm.neurons == {8: 0.0, 16: 1.0}

@@ -17,6 +17,7 @@ TABLE = LatencyTable(
     shell=1.0,
     heads={1: 10.0, 2: 20.0},
     neurons={1: 1.0, 2: 2.0, 3: 4.0, 4: 4.0},
+    last=1.0,
 )
 
 blocks = st.lists(

@@ -14,7 +14,7 @@ from stages.prune.saliency import Saliency
 from stages.prune.target import cut_to_speedup, nearest
 
 # A layer of 4 heads and 64 neurons takes 72; two of them and the rest 150.
-TABLE = LatencyTable("onnxruntime-cpu", False, 6.0, 0.0, {4: 8.0}, {64: 64.0})
+TABLE = LatencyTable("onnxruntime-cpu", False, 6.0, 0.0, {4: 8.0}, {64: 64.0}, 1.0)
 WHOLE = [LayerWidth(4, 64)] * 2
 
 

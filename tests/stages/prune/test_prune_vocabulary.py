@@ -27,7 +27,7 @@ from stages.core.onnx_graph import export_onnx
 from stages.core.params import TrainedTokenizer
 from stages.core.runtimes import REFERENCE_RUNTIME, ExportedModel, open_runtime, predict
 from stages.prune.vocabulary import tokens_to_keep, trim_tokenizer, trim_vocabulary
-from stages.quantize.__main__ import quantizable_layers, quantize_model
+from stages.quantize.recipes import quantizable_layers, quantize_model
 from stages.tokenize.train import train_tokenizer
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
