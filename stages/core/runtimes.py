@@ -6,6 +6,7 @@ needs neither PyTorch nor transformers: nothing here imports them.
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -162,7 +163,7 @@ class OpenVino:
             settings["NUM_STREAMS"] = streams
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
-        core = openvino.Core()
+        core = openvino_core()
         self._compiled = core.compile_model(core.read_model(model.onnx_path), "CPU", settings)
         self._request = self._compiled.create_infer_request()
         self._queue = openvino.AsyncInferQueue(self._compiled) if goal == "throughput" else None
@@ -191,6 +192,18 @@ class OpenVino:
 
     def _feed(self, input_ids: Array, attention_mask: Array) -> dict[str, Array]:
         return dict(zip(self._inputs, (input_ids, attention_mask), strict=True))
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's one core of this process.
+
+    Each core moves the calling thread's stack for signals to memory of its own, and when it goes it puts back what it
+    found. With two, closed in the order they were opened, that is freed memory: the next Ctrl-C would be a crash.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def available_runtimes() -> list[str]:

@@ -17,6 +17,8 @@ from typing import Any
 import onnx
 import onnxruntime
 
+from stages.core.runtimes import openvino_core
+
 _PRODUCTS = ("MatMul", "Gemm")
 _DEQUANTIZE = "DequantizeLinear"
 _INT8 = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
@@ -82,9 +84,7 @@ def fuse_openvino(path: Path) -> Fusion:
     Attention counts where its two products and the softmax are one `Subgraph` or one `ScaledDotProductAttention`;
     GELU where it is part of a product, so that no node of its own is left.
     """
-    import openvino
-
-    compiled = openvino.Core().compile_model(str(path), "CPU")
+    compiled = openvino_core().compile_model(str(path), "CPU")
     operations = [_describe(operation) for operation in compiled.get_runtime_model().get_ops()]
     work = [entry for entry in operations if entry["layerType"] not in ("Const", "Input", "Output")]
     names = Counter(kind for entry in work for kind in _origins(entry))

@@ -182,3 +182,18 @@ def test_gpu_runtimes_agree_with_the_cpu(
     expected = predict(model, open_runtime("onnxruntime-cpu", model), TEXTS, 4)[1]
     got = predict(model, open_runtime(name, model), TEXTS, 4)[1]
     assert numpy.abs(got - expected).max() < 0.02
+
+
+def test_ctrl_c_still_arrives_after_models_were_closed_in_the_order_they_were_opened(exported_unit: Path) -> None:
+    """In a process of its own: a stack for signals that was freed kills it."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from stages.core.runtimes import *\n"
+        "model = ExportedModel.load(Path(sys.argv[1]))\n"
+        "first, second = (open_runtime('openvino-cpu', model) for _ in range(2))\n"
+        "del first; del second\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT); signal.pause()\n"
+        "except KeyboardInterrupt: print('interrupted')\n"
+    )
+    command = [sys.executable, "-X", "faulthandler", "-c", code, str(exported_unit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
