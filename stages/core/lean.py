@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.quantized import QuantizedLinear
-from stages.core.structure import encoder_layers, head_size, is_compressible
+from stages.core.structure import NoAttention, encoder_layers, head_size, is_compressible
 
 _MASKED = 1e4
 """Taken from the score of padding: its share becomes zero, and half precision can hold the number."""
@@ -41,7 +41,8 @@ def fits(model: nn.Module) -> bool:
     layers: list[Any] = list(encoder_layers(model))
     known = [model, body, body.embeddings]
     for layer in layers:
-        known += [layer, layer.attention.self, layer.attention.output, layer.intermediate, layer.output]
+        known += [layer, layer.attention.output, layer.intermediate, layer.output]
+        known += [] if isinstance(layer.attention.self, NoAttention) else [layer.attention.self]
     return (
         not parts.config.is_decoder
         and bool(layers)
@@ -142,6 +143,8 @@ class _Attention(nn.Module):
         self.output = layer.attention.output.dense
         self.size = head_size(layer)
         self.heads = self.output.in_features // self.size
+        if not self.heads:
+            return
         self.query, self.query_scale = scale_into(attention.query, self.size**-0.5)
         self.key, self.value = attention.key, attention.value
 

@@ -64,7 +64,7 @@ def test_outside_a_project_every_verb_says_so_in_one_line(verb, tmp_path: Path, 
 
 @pytest.mark.parametrize("verb", ["run", "plan"])
 def test_mistakes_in_params_are_listed_before_anything_starts(verb: str, project) -> None:
-    text = Path("params.yaml").read_text().replace("seed: 17", "sede: 17").replace("opset: 20", "opset: x")
+    text = Path("params.yaml").read_text().replace("seed: 17", "sede: 17").replace("opset: 21", "opset: x")
     Path("params.yaml").write_text(text)
     done = project.headroom(verb)
     assert done.returncode == 2
@@ -229,7 +229,7 @@ def test_use_writes_the_preset_to_the_letter(presets: Path) -> None:
 
 
 def test_use_keeps_edits_unless_forced_and_then_backs_them_up(presets: Path) -> None:
-    edited = presets.read_text().replace("opset: 20", "opset: 21")
+    edited = presets.read_text().replace("opset: 21", "opset: 22")
     presets.write_text(edited)
     with pytest.raises(UserError, match="has edits that are in no preset"):
         use_preset("spam", force=False)

@@ -58,10 +58,10 @@ def test_a_broken_graph_is_one_line(project) -> None:
 
 def test_stages_are_cached_until_something_they_read_changes(built) -> None:
     assert set(outlooks().values()) == {"always", "cached"}
-    edit_params("opset: 20", "opset: 21")
+    edit_params("opset: 21", "opset: 22")
     _, found = forecast()
     assert found["acquire"].outlook == "cached"
-    assert (found["export@small"].outlook, found["export@small"].reasons) == ("run", ("export.opset: 20 -> 21",))
+    assert (found["export@small"].outlook, found["export@small"].reasons) == ("run", ("export.opset: 21 -> 22",))
     assert found["evaluate@small"].outlook == "probably"
     assert found["evaluate@small"].reasons == ("export@small runs before it",)
     assert status_of("export@small").state == "changed"
@@ -109,7 +109,7 @@ def test_fingerprints_are_those_of_the_lock_file(built) -> None:
 
 
 def test_plan_sums_up_what_the_last_runs_took(built) -> None:
-    edit_params("opset: 20", "opset: 21")
+    edit_params("opset: 21", "opset: 22")
     plan = make_plan().to_dict()
     assert plan["will_run"] == 5
     assert plan["estimate"]["seconds"] == pytest.approx(7.5)

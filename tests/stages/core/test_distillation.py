@@ -66,7 +66,7 @@ def _params(**changes: Any) -> DistillParams:
     raw["student"] = {"kind": "layers", "layers": [0, 1]}
     raw["relations"] = {"layer": 1, "heads": 4}
     raw["optimizer"]["precision"] = "fp32"
-    raw["transfer"]["texts"] = 0
+    raw["transfer"]["texts"] = raw["transfer"]["noise"]["copies"] = 0
     raw["weights"] = {**NONE, "soft": 1.0}
     return DistillParams.model_validate({**raw, **changes})
 

@@ -68,6 +68,7 @@ def test_layers_of_any_width_even_none_give_the_same_logits(family: str) -> None
     first, second = encoder_layers(model)
     keep_parts(first, torch.tensor([], dtype=torch.long), torch.arange(7))
     keep_parts(second, torch.tensor([0, 2, 3]), torch.tensor([], dtype=torch.long))
+    assert fits(model)
     assert difference(model) < 1e-5
 
 
