@@ -76,7 +76,9 @@ class NormalEquations:
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, dense: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> None:
+def reconstruct(
+    model: nn.Module, dense: nn.Module, rows: Sequence[Sequence[int]], pad_id: int, ridge: float = _RIDGE
+) -> None:
     """Fit the output projections of a pruned model to the model it was cut from, in place.
 
     Args:
@@ -84,13 +86,14 @@ def reconstruct(model: nn.Module, dense: nn.Module, rows: Sequence[Sequence[int]
         dense: the same model before the cut.
         rows: token ids of calibration texts.
         pad_id: token id that fills short texts.
+        ridge: of the fits; see `NormalEquations.solve`.
     """
     wanted, given = _start(dense, rows, pad_id), _start(model, rows, pad_id)
     pairs = list(zip(encoder_layers(model), encoder_layers(dense), strict=True))
     for layer, whole in track(pairs, "reconstruct"):
         sums, after = _sums(whole, wanted)
-        _fit(layer, "attention.output", attention_output(layer), given, [first for first, _ in sums])
-        _fit(layer, "output", neuron_output(layer), given, [second for _, second in sums])
+        _fit(layer, "attention.output", attention_output(layer), given, [first for first, _ in sums], ridge)
+        _fit(layer, "output", neuron_output(layer), given, [second for _, second in sums], ridge)
         wanted.states, given.states = after, _forward(layer, given)
 
 
@@ -137,7 +140,9 @@ def _sums(layer: nn.Module, flow: _Flow) -> tuple[list[tuple[Tensor, Tensor]], l
     return list(zip(seen[::2], seen[1::2], strict=True)), outputs
 
 
-def _fit(layer: nn.Module, block: str, projection: nn.Linear, flow: _Flow, wanted: Sequence[Tensor]) -> None:
+def _fit(
+    layer: nn.Module, block: str, projection: nn.Linear, flow: _Flow, wanted: Sequence[Tensor], ridge: float
+) -> None:
     """Solve for the projection at the end of a block, so that what goes into the block's norm is as wanted."""
     inputs: list[Tensor] = []
     sums: list[Tensor] = []
@@ -151,7 +156,7 @@ def _fit(layer: nn.Module, block: str, projection: nn.Linear, flow: _Flow, wante
     equations = NormalEquations.empty(projection.in_features, projection.out_features)
     for mask, features, given, aim in zip(flow.masks, inputs, sums, wanted, strict=True):
         equations.add(features[mask], (aim - given)[mask])
-    weight, bias = equations.solve(_RIDGE)
+    weight, bias = equations.solve(ridge)
     if projection.in_features:
         projection.weight.add_(weight)
     projection.bias.add_(bias)

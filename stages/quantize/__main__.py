@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 from stages.core.artifacts import write_json
 from stages.core.checkpoints import count_parameters, extend_lineage, load_model, save_model
-from stages.core.hardware import describe_cpu
+from stages.core.hardware import describe_cpu, int8_saturates
 from stages.core.judging import validation_quality
 from stages.core.quantized import quantized_parts
 from stages.core.stage import StageRun, command
@@ -15,7 +16,6 @@ from stages.quantize.recipes import RECIPES, Attempt, Kitchen
 
 FLOAT = "float"
 LAYERS_FILE = "layers.json"
-_WIDE_PRODUCTS = {"avx_vnni", "avx512_vnni", "amx_int8"}
 
 
 def run_quantize(run: StageRun) -> dict[str, Any]:
@@ -56,11 +56,11 @@ def _first_that_passes(run: StageRun, kitchen: Kitchen) -> tuple[str, Attempt, d
 
 
 def _warn_of_saturation(run: StageRun) -> None:
-    """AVX2 multiplies unsigned by signed bytes and adds two products in 16 bits (onnxruntime#6004)."""
-    features = set(describe_cpu()["features"])
+    """Say it where this machine would serve the recipe slowly; other machines may not."""
+    saturates = int8_saturates(platform.machine(), describe_cpu()["features"])
     integers = {"int8_static", "int8_mixed", "int8_dynamic"} & set(run.params.quantize.recipes)
-    if integers and run.params.quantize.weight_bits == 8 and "avx2" in features and not features & _WIDE_PRODUCTS:
-        run.say("this CPU has no VNNI and saturates int8 products; set quantize.weight_bits to 7 to serve on it")
+    if integers and saturates:
+        run.say("this CPU has no VNNI and would saturate int8 products; it will compute them in float, which is slow")
 
 
 if __name__ == "__main__":
