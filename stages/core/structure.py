@@ -86,6 +86,19 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers  # type: ignore[no-any-return]
 
 
+def quantizable_linears(model: nn.Module) -> list[str]:
+    """Names of the float linear layers inside the encoder and its pooler, which int8 may compute.
+
+    The output layer is not among them: it is tiny, and every error there is an error of the answer.
+    """
+    inside = {id(part) for layer in encoder_layers(model) for part in layer.modules()}
+    return [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and (id(part) in inside or "pooler" in name)
+    ]
+
+
 def attention_linears(layer: nn.Module) -> list[nn.Linear]:
     """Query, key and value of a layer, each [heads x head size, hidden]; none where there are no heads."""
     if isinstance(layer.get_submodule("attention.self"), NoAttention):

@@ -15,7 +15,7 @@ from stages.core.latency import INPUTS, LatencyTable, open_bare, texts_a_second
 from stages.core.onnx_graph import export_onnx
 from stages.core.quantized import ActivationRange, QuantizedLinear, replace_module
 from stages.core.runtimes import ONNX_FILE, Batch, Goal, Runtime
-from stages.core.structure import encoder_layers
+from stages.core.structure import quantizable_linears
 from stages.core.timing import ratios
 
 Clock = Callable[[nn.Module], float]
@@ -60,12 +60,7 @@ def deployment_form(model: nn.Module, quantized: bool) -> nn.Module:
     form = copy.deepcopy(model).eval()
     if not quantized:
         return form
-    inside = {id(part) for layer in encoder_layers(form) for part in layer.modules()}
-    linears: list[tuple[str, Any]] = [
-        (name, part)
-        for name, part in form.named_modules()
-        if isinstance(part, nn.Linear) and (id(part) in inside or "pooler" in name)
-    ]
-    for name, linear in linears:
+    for name in quantizable_linears(form):
+        linear: Any = form.get_submodule(name)
         replace_module(form, name, QuantizedLinear.from_linear(linear, _ANY_RANGE))
     return form

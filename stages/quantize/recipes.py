@@ -25,7 +25,7 @@ from stages.core.quantized import (
     replace_module,
 )
 from stages.core.stage import StageRun
-from stages.core.structure import encoder_layers
+from stages.core.structure import quantizable_linears
 from stages.core.tasks import get_task
 from stages.quantize.gate import Verdict, judge_recipe
 from stages.quantize.groups import group_size, round_groups
@@ -211,12 +211,7 @@ def quantizable_layers(model: nn.Module) -> list[str]:
     """
     if quantized_parts(model):
         raise UserError("quantize: the checkpoint is quantized already; give the stage a float one")
-    inside = {id(part) for layer in encoder_layers(model) for part in layer.modules()}
-    return [
-        name
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and (id(part) in inside or "pooler" in name)
-    ]
+    return quantizable_linears(model)
 
 
 def _weights_only(kitchen: Kitchen, bits: int) -> Attempt:
