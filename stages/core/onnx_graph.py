@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import onnx
 import torch
 from onnxscript import opset20 as operators
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from stages.core.errors import UserError
 from stages.core.lean import LeanClassifier, fits
-from stages.core.quantized import GroupedLinear
+from stages.core.quantized import GroupedLinear, Int8Weights
 
 _SAMPLE_TEXTS, _SAMPLE_LENGTH = 2, 7
 _FIRST_OPSET_WITH_GROUPS = 21
@@ -56,7 +57,7 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
     Raises:
         UserError: if weights are in groups and the operator set has none.
     """
-    if opset < _FIRST_OPSET_WITH_GROUPS and _grouped_layers(model):
+    if opset < _FIRST_OPSET_WITH_GROUPS and (_grouped_layers(model) or _in_steps(model)):
         raise UserError(f"export.opset: weights in groups need {_FIRST_OPSET_WITH_GROUPS} or higher, got {opset}")
     ids = torch.ones(_SAMPLE_TEXTS, _SAMPLE_LENGTH, dtype=torch.int64)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
@@ -76,6 +77,7 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
     _strip_traces(program.model)
     proto: onnx.ModelProto = program.model_proto
     _give_groups_their_type(proto, form)
+    _store_in_steps(proto, form)
     if proto.ByteSize() > _LARGEST_INLINE_BYTES:
         program.save(path, external_data=True)
     else:
@@ -123,6 +125,53 @@ def _give_groups_their_type(proto: onnx.ModelProto, form: nn.Module) -> None:
             tensor.dims[:] = [rows, layer.out_features]
             if tensor.name in told:
                 proto.graph.value_info.remove(told[tensor.name])
+
+
+def _in_steps(model: nn.Module) -> dict[str, Int8Weights]:
+    modules = model.named_modules()
+    return {name: part for name, part in modules if isinstance(part, Int8Weights) and part.group is not None}
+
+
+def _store_in_steps(proto: onnx.ModelProto, form: nn.Module) -> None:
+    """Put 4-bit multiples and their steps in the place of int8 weights, and the nodes that make int8 of them.
+
+    The nodes have constants for inputs, so ONNX Runtime computes them once, when it loads the file.
+    """
+    made: list[onnx.NodeProto] = []
+    for name, part in _in_steps(form).items():
+        weight = f"{name}.weight"
+        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == weight)
+        proto.graph.initializer.remove(tensor)
+        proto.graph.initializer.extend(_stored(weight, part))
+        made += _expanding(weight)
+    nodes = [*made, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
+def _stored(weight: str, part: Any) -> list[onnx.TensorProto]:
+    rows, columns = part.weight.shape
+    shape = numpy.array([rows, columns], dtype=numpy.int64)
+    packed = part.packed.numpy().tobytes()
+    dimensions = [rows, columns // part.group, part.group]
+    return [
+        onnx.helper.make_tensor(f"{weight}.multiples", onnx.TensorProto.INT4, dimensions, packed, raw=True),
+        onnx.numpy_helper.from_array(part.step.numpy()[..., None], f"{weight}.step"),
+        onnx.numpy_helper.from_array(shape, f"{weight}.shape"),
+    ]
+
+
+def _expanding(weight: str) -> list[onnx.NodeProto]:
+    """Nodes that multiply the multiples with their steps; in int32, for which every runtime has a product."""
+    make, kind = onnx.helper.make_node, onnx.TensorProto
+    wide = [f"{weight}.{part}.int32" for part in ("multiples", "step", "grouped", "whole")]
+    return [
+        make("Cast", [f"{weight}.multiples"], [wide[0]], to=kind.INT32),
+        make("Cast", [f"{weight}.step"], [wide[1]], to=kind.INT32),
+        make("Mul", wide[:2], [wide[2]]),
+        make("Reshape", [wide[2], f"{weight}.shape"], [wide[3]]),
+        make("Cast", [wide[3]], [weight], to=kind.INT8),
+    ]
 
 
 @contextlib.contextmanager

@@ -502,7 +502,8 @@ class WeightOnlyParams(Section):
     """nearest: round to nearest; hqq: half-quadratic quantization; gptq: errors made good by later weights
     (2210.17323)."""
     group: Literal[16, 32, 64, 128]
-    """Inputs a group; a layer whose inputs it does not divide takes the next smaller one that does."""
+    """Inputs a group, also of int8_packed; a layer whose inputs it does not divide takes the next smaller one that
+    does."""
 
 
 class GateParams(Section):
@@ -515,7 +516,9 @@ class GateParams(Section):
     """Of the interval reported beside the loss."""
 
 
-Scheme = Literal["int8_static", "int8_mixed", "int8_dynamic", "int8_weights", "int4_weights", "bf16", "fp16"]
+Scheme = Literal[
+    "int8_packed", "int8_static", "int8_mixed", "int8_dynamic", "int8_weights", "int4_weights", "bf16", "fp16"
+]
 
 
 class QuantizeParams(Section):
@@ -523,13 +526,14 @@ class QuantizeParams(Section):
 
     recipes: list[Scheme]
     """In order of preference: the first that passes the gate is taken, the float model where none does. Empty hands
-    the checkpoint on. int8_mixed is int8_static with the fewest layers left in float that pass."""
+    the checkpoint on. int8_packed is int8_static stored in half the bytes, with coarser weights; int8_mixed is
+    int8_static with the fewest layers left in float that pass."""
     gate: GateParams
     embeddings: Literal["int8", "float"]
     """int8 gives every row its scale; of no effect on bf16 and fp16, which hold embeddings as they hold all else."""
     weight_bits: Literal[7, 8]
-    """Of int8_static, int8_mixed and int8_dynamic. 7 halves the range of weights: right on any CPU. x86 CPUs without
-    VNNI add two products in 16 bits and saturate with 8."""
+    """Of the recipes that multiply in int8. 7 halves the range of weights: right on any CPU. x86 CPUs without VNNI add
+    two products in 16 bits and saturate with 8."""
     float_share: Fraction
     """At most this share of layers may int8_mixed leave in float."""
     calibration_texts: Number
@@ -546,7 +550,7 @@ class QuantizeParams(Section):
 
     def multiplies_in_int8(self) -> bool:
         """Tell whether the preferred recipe computes matrix products in int8; other recipes only store fewer bits."""
-        return self.recipes[:1] in (["int8_static"], ["int8_mixed"], ["int8_dynamic"])
+        return bool({"int8_packed", "int8_static", "int8_mixed", "int8_dynamic"} & set(self.recipes[:1]))
 
 
 class ExportParams(Section):

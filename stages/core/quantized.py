@@ -5,6 +5,10 @@
   2211.10438). `torch.ops.quantized_decomposed` pairs become QuantizeLinear and DequantizeLinear in ONNX, which the
   runtimes fuse into integer matrix products.
 - `QuantizedEmbedding`: int8 rows with one scale a row; only the rows looked up ever become float.
+- Either may be stored in half the bytes: the int8 values of each few neighbours are then sixteen multiples of one
+  whole step, and the file holds the multiples in 4 bits. They become int8 once, when a runtime loads them, so that
+  products stay those of int8: few bits on disk, integers in the processor (compare the double quantization of QLoRA,
+  2305.14314, whose second scales are floats).
 - `GroupedLinear`: 4 or 8 bit weights with one scale and zero point for each few inputs of a channel; activations stay
   float. It becomes a blockwise DequantizeLinear, which ONNX Runtime fuses into MatMulNBits.
 - `HalfLinear`, `HalfEmbedding`: weights in bfloat16 or float16. Which precision multiplies is the runtime's choice:
@@ -27,6 +31,8 @@ from stages.core.errors import UserError
 
 WEIGHT_LIMIT = 127
 ACTIVATION_LEVELS = 255
+LARGEST_MULTIPLE = 7
+_NIBBLE = 15
 _SMALLEST_SCALE = 1e-8
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,23 +53,63 @@ class ActivationRange:
         return cls(scale, round(min(max(-low / scale, 0.0), ACTIVATION_LEVELS)))
 
 
-class QuantizedLinear(nn.Module):
+class Int8Weights(nn.Module):
+    """int8 weights [rows, columns] that a checkpoint holds as they are, or in 4 bits.
+
+    Args:
+        rows: each has a scale of its own.
+        columns: of a row.
+        group: neighbours in a row whose values are multiples of one step, which divides `columns`; None for any values.
+    """
+
+    weight: Tensor
+    """int8 [rows, columns]; what computes."""
+    packed: Tensor | None
+    """uint8 [rows * columns / 2]; what is stored of grouped weights: multiples from -7 to 7, two a byte."""
+    step: Tensor | None
+    """uint8 [rows, columns / group]; int8 weight = multiple * step."""
+
+    def __init__(self, rows: int, columns: int, group: int | None):
+        super().__init__()
+        self.group = group
+        self.register_buffer("weight", torch.zeros(rows, columns, dtype=torch.int8), persistent=group is None)
+        self.register_buffer("packed", None if group is None else torch.zeros(rows * columns // 2, dtype=torch.uint8))
+        self.register_buffer("step", None if group is None else torch.ones(rows, columns // group, dtype=torch.uint8))
+        self.register_load_state_dict_post_hook(_expand)
+
+    def hold(self, weight: Tensor, scales: Tensor, limit: int) -> None:
+        """Round float weights [rows, columns] by row, and by group where there are groups."""
+        if self.group is None:
+            self.weight = quantize_weight(weight, scales, limit)
+            return
+        self.hold_steps(*round_in_steps(weight / scales[:, None], self.group, limit))
+
+    def hold_steps(self, multiples: Tensor, step: Tensor) -> None:
+        """Take over multiples int8 [rows, columns] and steps uint8 [rows, groups]."""
+        self.packed, self.step = pack(multiples.to(torch.uint8) & _NIBBLE, 4), step
+        _expand(self)
+
+
+class QuantizedLinear(Int8Weights):
     """A linear layer with int8 weights and 8-bit activations."""
 
     kind = "linear_int8"
-    weight: Tensor
     weight_scale: Tensor
     bias: Tensor
     input_scale: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, activations: ActivationRange | None, smoothed: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        activations: ActivationRange | None,
+        smoothed: bool = False,
+        group: int | None = None,
     ):
-        super().__init__()
+        super().__init__(out_features, in_features, group)
         self.in_features, self.out_features = in_features, out_features
         self.activations = activations
         """Range fixed by calibration; None takes the range of each input as it comes."""
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.ones(out_features))
         self.register_buffer("bias", torch.zeros(out_features))
         self.register_buffer("input_scale", torch.ones(in_features) if smoothed else None)
@@ -75,6 +121,7 @@ class QuantizedLinear(nn.Module):
         activations: ActivationRange | None,
         input_scale: Tensor | None = None,
         limit: int = WEIGHT_LIMIT,
+        group: int | None = None,
     ) -> QuantizedLinear:
         """Quantize a float layer.
 
@@ -83,13 +130,14 @@ class QuantizedLinear(nn.Module):
             activations: range of its inputs after `input_scale`; None takes that of each input as it comes.
             input_scale: factor of each input, [in], that the weights divide away again; None for none.
             limit: the largest weight becomes this level.
+            group: inputs whose weights are multiples of one step; None for weights of 8 bits each.
         """
-        quantized = cls(linear.in_features, linear.out_features, activations, input_scale is not None)
+        quantized = cls(linear.in_features, linear.out_features, activations, input_scale is not None, group)
         weight = linear.weight.detach()
         if input_scale is not None:
             weight, quantized.input_scale = weight / input_scale, input_scale.clone()
         quantized.weight_scale = weight_scales(weight, limit)
-        quantized.weight = quantize_weight(weight, quantized.weight_scale, limit)
+        quantized.hold(weight, quantized.weight_scale, limit)
         if linear.bias is not None:
             quantized.bias = linear.bias.detach().clone()
         return quantized
@@ -98,12 +146,13 @@ class QuantizedLinear(nn.Module):
     def from_entry(cls, entry: Mapping[str, Any], replaced: Any) -> QuantizedLinear:
         """Make the empty layer that `describe` told of, in the place of a float one."""
         activations = None if entry["activations"] is None else ActivationRange(**entry["activations"])
-        return cls(replaced.in_features, replaced.out_features, activations, entry["smoothed"])
+        return cls(replaced.in_features, replaced.out_features, activations, entry["smoothed"], entry.get("group"))
 
     def describe(self) -> dict[str, Any]:
         """Say in JSON what the tensors cannot."""
         activations = None if self.activations is None else asdict(self.activations)
-        return {"kind": self.kind, "activations": activations, "smoothed": self.input_scale is not None}
+        smoothed = self.input_scale is not None
+        return {"kind": self.kind, "activations": activations, "smoothed": smoothed, "group": self.group}
 
     def count_parameters(self) -> int:
         """Count weights and biases."""
@@ -121,36 +170,35 @@ class QuantizedLinear(nn.Module):
         return functional.linear(seen, weight, self.bias)
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(Int8Weights):
     """An embedding with int8 rows."""
 
     kind = "embedding_int8"
-    weight: Tensor
     row_scale: Tensor
 
-    def __init__(self, num_embeddings: int, embedding_dim: int):
-        super().__init__()
+    def __init__(self, num_embeddings: int, embedding_dim: int, group: int | None = None):
+        super().__init__(num_embeddings, embedding_dim, group)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.register_buffer("weight", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8))
         self.register_buffer("row_scale", torch.ones(num_embeddings, 1))
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding) -> QuantizedEmbedding:
-        """Quantize the rows of a float embedding."""
-        quantized = cls(embedding.num_embeddings, embedding.embedding_dim)
+    def from_embedding(cls, embedding: nn.Embedding, group: int | None = None) -> QuantizedEmbedding:
+        """Quantize the rows of a float embedding; `group` features share a step, None for 8 bits each."""
+        quantized = cls(embedding.num_embeddings, embedding.embedding_dim, group)
         weight = embedding.weight.detach()
         scales = weight_scales(weight)
-        quantized.weight, quantized.row_scale = quantize_weight(weight, scales), scales[:, None]
+        quantized.row_scale = scales[:, None]
+        quantized.hold(weight, scales, WEIGHT_LIMIT)
         return quantized
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], replaced: Any) -> QuantizedEmbedding:
         """Make the empty embedding that `describe` told of, in the place of a float one."""
-        return cls(replaced.num_embeddings, replaced.embedding_dim)
+        return cls(replaced.num_embeddings, replaced.embedding_dim, entry.get("group"))
 
     def describe(self) -> dict[str, Any]:
         """Say in JSON what the tensors cannot."""
-        return {"kind": self.kind}
+        return {"kind": self.kind, "group": self.group}
 
     def count_parameters(self) -> int:
         """Count weights."""
@@ -348,10 +396,44 @@ def quantize_weight(weight: Tensor, scales: Tensor, limit: int = WEIGHT_LIMIT) -
     return (weight / scales[:, None]).round().clamp(-limit, limit).to(torch.int8)
 
 
+def round_in_steps(weight: Tensor, group: int, limit: int = WEIGHT_LIMIT) -> tuple[Tensor, Tensor]:
+    """Round weights to whole multiples, -7 to 7, of a whole step for each group: of all steps the one that errs least.
+
+    Args:
+        weight: in units of the row's scale, [rows, columns], so that int8 would round them to whole numbers.
+        group: neighbours in a row that share a step; divides `columns`.
+        limit: no multiple times its step is larger.
+
+    Returns:
+        multiples int8 [rows, columns], steps uint8 [rows, columns / group].
+    """
+    groups = weight.unflatten(1, (-1, group))
+    best, best_steps = torch.zeros_like(groups), torch.ones_like(groups[..., :1])
+    least = torch.full_like(best_steps, float("inf"))
+    for step in range(1, limit // LARGEST_MULTIPLE + 1):
+        multiples = (groups / step).round().clamp(-LARGEST_MULTIPLE, LARGEST_MULTIPLE)
+        error = (multiples * step - groups).square().sum(dim=2, keepdim=True)
+        better = error < least
+        best, best_steps = torch.where(better, multiples, best), best_steps.masked_fill(better, float(step))
+        least = torch.minimum(error, least)
+    return best.flatten(1).to(torch.int8), best_steps.squeeze(2).to(torch.uint8)
+
+
+def _expand(module: Any, _: object = None) -> None:
+    """Make int8 weights of stored multiples; the hook that loading a state calls."""
+    if module.group is None:
+        return
+    rows, columns = module.weight.shape
+    multiples = unpack(module.packed, 4, rows, columns).to(torch.int8)
+    multiples = torch.where(multiples > LARGEST_MULTIPLE, multiples - _NIBBLE - 1, multiples)
+    steps = module.step.to(torch.int8).repeat_interleave(module.group, dim=1)
+    module.weight = multiples * steps
+
+
 def pack(levels: Tensor, bits: int) -> Tensor:
     """Pack uint8 levels into bytes, flat and in row-major order, the earlier of two 4-bit levels in the low half.
 
-    This is the layout of ONNX's UINT4 tensors.
+    This is the layout of ONNX's 4-bit tensors.
     """
     flat = levels.flatten()
     if bits == 8:

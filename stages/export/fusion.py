@@ -17,7 +17,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from stages.core.runtimes import openvino_core
+from stages.core.runtimes import openvino_core, read_for_openvino
 
 _PRODUCTS = ("MatMul", "Gemm")
 _DEQUANTIZE = "DequantizeLinear"
@@ -48,6 +48,7 @@ def count_int8_products(graph: onnx.GraphProto) -> int:
     """Count the products of quantized activations with int8 weights, which a runtime should compute in integers."""
     producers = {name: node for node in graph.node for name in node.output}
     weights = {tensor.name for tensor in graph.initializer if tensor.data_type in _INT8}
+    weights |= {node.output[0] for node in graph.node if _makes_int8(node)}  # stored in fewer bits
 
     def quantized(name: str, constant: bool) -> bool:
         node = producers.get(name)
@@ -57,6 +58,10 @@ def count_int8_products(graph: onnx.GraphProto) -> int:
 
     products = [node for node in graph.node if node.op_type in _PRODUCTS]
     return sum(quantized(node.input[0], False) and quantized(node.input[1], True) for node in products)
+
+
+def _makes_int8(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.INT8
 
 
 def fuse_onnxruntime(path: Path) -> Fusion:
@@ -84,7 +89,7 @@ def fuse_openvino(path: Path) -> Fusion:
     Attention counts where its two products and the softmax are one `Subgraph` or one `ScaledDotProductAttention`;
     GELU where it is part of a product, so that no node of its own is left.
     """
-    compiled = openvino_core().compile_model(str(path), "CPU")
+    compiled = openvino_core().compile_model(read_for_openvino(path), "CPU")
     operations = [_describe(operation) for operation in compiled.get_runtime_model().get_ops()]
     work = [entry for entry in operations if entry["layerType"] not in ("Const", "Input", "Output")]
     names = Counter(kind for entry in work for kind in _origins(entry))

@@ -8,8 +8,11 @@ was taken and why those before it failed; and, in `layers.json`, what was chosen
   2004.09602). Padding never counts. SmoothQuant (2211.10438) first moves what makes activations hard to round into
   the weights, as strongly as each layer's own error says. Where params ask for it, the model is then trained with
   rounding simulated (LSQ, 1902.08153) on the float model's answers.
-- `int8_mixed`: the same, with layers left in float until the gate is passed, the most sensitive on the user's texts
-  first, and given back where they were not needed: none of those left can go back without failing.
+- `int8_packed`: the same, stored in 4 bits: the int8 weights of each group of inputs are whole multiples, -7 to 7, of
+  one whole step, chosen to err least, by GPTQ where `weight_only.method` says so. Half the file, coarser weights, and
+  the speed of int8, as the file's weights become int8 when they are loaded. Tables too.
+- `int8_mixed`: as `int8_static`, with layers left in float until the gate is passed, the most sensitive on the user's
+  texts first, and given back where they were not needed: none of those left can go back without failing.
 - `int8_dynamic`: the range of activations is taken from each input.
 - `int8_weights`, `int4_weights`: weights alone, in groups of inputs with a scale and zero point each: rounded to
   nearest, by half-quadratic quantization (HQQ, Badri & Shaji 2023) or by GPTQ (2210.17323).

@@ -58,7 +58,7 @@ def _first_that_passes(run: StageRun, kitchen: Kitchen) -> tuple[str, Attempt, d
 def _warn_of_saturation(run: StageRun) -> None:
     """Say it where this machine would serve the recipe slowly; other machines may not."""
     saturates = int8_saturates(platform.machine(), describe_cpu()["features"])
-    integers = {"int8_static", "int8_mixed", "int8_dynamic"} & set(run.params.quantize.recipes)
+    integers = {"int8_packed", "int8_static", "int8_mixed", "int8_dynamic"} & set(run.params.quantize.recipes)
     if integers and saturates:
         run.say("this CPU has no VNNI and would saturate int8 products; it will compute them in float, which is slow")
 

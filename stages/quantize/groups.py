@@ -6,12 +6,15 @@ zero point, here the scale is solved for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from stages.core.params import WeightOnlyParams
+from stages.core.quantized import LARGEST_MULTIPLE, round_in_steps
 
 _SMALLEST_SCALE = 1e-8
 _SMALLEST_GROUP = 16
@@ -19,6 +22,7 @@ _HQQ_NORM = 0.7
 _HQQ_ROUNDS = 20
 _HQQ_BETA, _HQQ_GROWTH = 10.0, 1.1
 _DAMPING = 0.01
+_MIDDLE = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,32 @@ def gptq(weight: Tensor, inputs: Tensor, bits: int, group: int) -> Grouped:
         bits: 4 or 8.
         group: inputs that share a scale; divides `in`.
     """
-    solved, nearest = _solve_gptq(weight, inputs, bits, group), round_to_nearest(weight, bits, group)
+    grid, levels = partial(_grid, bits=bits), partial(_levels, bits=bits)
+    solved, nearest = _solve_gptq(weight, inputs, group, grid, levels), round_to_nearest(weight, bits, group)
+    return _better_of(solved, nearest, weight, inputs)
+
+
+def gptq_in_steps(weight: Tensor, inputs: Tensor, group: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Round to multiples of whole steps as `round_in_steps` does, with GPTQ making errors good.
+
+    Args:
+        weight: in units of each output's scale, [out, in].
+        inputs: that the layer sees, [tokens, in].
+        group: inputs that share a step; divides `in`.
+        limit: no multiple times its step is larger.
+
+    Returns:
+        multiples int8 [out, in], steps uint8 [out, in / group].
+    """
+    solved = _solve_gptq(weight, inputs, group, partial(_step_grid, limit=limit), _step_levels)
+    multiples, steps = round_in_steps(weight, group, limit)
+    zeros = torch.full_like(solved.zero_point, _MIDDLE)
+    nearest = Grouped((multiples.t() + _MIDDLE).to(torch.uint8), zeros, steps.t().float())
+    best = _better_of(solved, nearest, weight, inputs)
+    return best.levels.t().to(torch.int8) - _MIDDLE, best.scale.t().to(torch.uint8)
+
+
+def _better_of(solved: Grouped, nearest: Grouped, weight: Tensor, inputs: Tensor) -> Grouped:
     worse = _channel_errors(solved, weight, inputs) > _channel_errors(nearest, weight, inputs)
     return Grouped(
         torch.where(worse, nearest.levels, solved.levels),
@@ -116,15 +145,21 @@ def gptq(weight: Tensor, inputs: Tensor, bits: int, group: int) -> Grouped:
     )
 
 
-def _solve_gptq(weight: Tensor, inputs: Tensor, bits: int, group: int) -> Grouped:
+def _solve_gptq(
+    weight: Tensor,
+    inputs: Tensor,
+    group: int,
+    grid: Callable[[Tensor], tuple[Tensor, Tensor]],
+    nearest_levels: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Grouped:
     factor = _inverse_factor(inputs)
     left = weight.t().double().clone()
     levels, scales, zero_points = [], [], []
     for start in range(0, len(left), group):
-        scale, zero_point = _grid(left[start : start + group][None], bits)
+        scale, zero_point = grid(left[start : start + group][None])
         errors = []
         for row in range(start, start + group):
-            chosen = _levels(left[row][None, None], scale, zero_point, bits)
+            chosen = nearest_levels(left[row][None, None], scale, zero_point)
             rounded = _dequantize(chosen, scale, zero_point)[0, 0]
             error = (left[row] - rounded) / factor[row, row]
             left[row : start + group] -= factor[row, row : start + group, None] * error
@@ -161,6 +196,18 @@ def _grid(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     # ONNX keeps scales in float32.
     scale = ((high - low) / (2**bits - 1)).clamp(min=_SMALLEST_SCALE).float().to(groups.dtype)
     return scale, (-low / scale).round().clamp(0, 2**bits - 1)
+
+
+def _step_grid(groups: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Step and zero point, [1, out], of one group of weights [1, group, out]."""
+    _, steps = round_in_steps(groups[0].t(), groups.shape[1], limit)
+    scale = steps.t().to(groups.dtype)
+    return scale, torch.full_like(scale, _MIDDLE)
+
+
+def _step_levels(groups: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    multiples = (groups / scale[:, None]).round().clamp(-LARGEST_MULTIPLE, LARGEST_MULTIPLE)
+    return multiples + zero_point[:, None]
 
 
 def _levels(groups: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -28,7 +28,7 @@ from stages.core.stage import StageRun
 from stages.core.structure import quantizable_linears
 from stages.core.tasks import get_task
 from stages.quantize.gate import Verdict, judge_recipe
-from stages.quantize.groups import group_size, round_groups
+from stages.quantize.groups import gptq_in_steps, group_size, round_groups
 from stages.quantize.observe import collect_inputs
 from stages.quantize.search import answers_moved, fewest_in_float
 from stages.quantize.smooth import Smoothed, smooth
@@ -97,14 +97,13 @@ class Kitchen:
     @cached_property
     def static_parts(self) -> dict[str, nn.Module]:
         """Every part of static int8."""
+        return {**{name: self.static_linear(name, None) for name in self.layers}, **self.embeddings}
+
+    def static_linear(self, name: str, group: int | None) -> QuantizedLinear:
+        """Quantize a layer to static int8, stored in 4 bits where there is a group."""
         static = self.static
-        linears = {
-            name: QuantizedLinear.from_linear(
-                _linear(static.model, name), static.ranges[name], static.factors.get(name), self.limit
-            )
-            for name in self.layers
-        }
-        return {**linears, **self.embeddings}
+        linear, ranges, factor = _linear(static.model, name), static.ranges[name], static.factors.get(name)
+        return QuantizedLinear.from_linear(linear, ranges, factor, self.limit, group)
 
     @cached_property
     def embeddings(self) -> dict[str, nn.Module]:
@@ -129,6 +128,21 @@ def int8_static(kitchen: Kitchen) -> Attempt:
     """Quantize weights and activations, ranges fixed by calibration."""
     layers = {"smoothing_strength": kitchen.static.strengths}
     return Attempt(with_parts(kitchen.static.model, kitchen.static_parts), [], layers)
+
+
+def int8_packed(kitchen: Kitchen) -> Attempt:
+    """Quantize as `int8_static`, with weights and tables stored in 4 bits where a row divides into groups."""
+    wanted, layers = kitchen.params.weight_only.group, {"smoothing_strength": kitchen.static.strengths}
+    base: Any = kitchen.static.model
+    parts: dict[str, nn.Module] = {}
+    for name in track(kitchen.layers, "4-bit storage"):
+        parts[name] = _in_steps(kitchen, name, group_size(_linear(base, name).in_features, wanted))
+    for name, part in kitchen.embeddings.items():
+        table = _embedding(base, name)
+        # Tables of positions and kinds are small, and every token adds one of their rows: they stay as they are.
+        group = group_size(table.embedding_dim, wanted) if table is base.get_input_embeddings() else None
+        parts[name] = part if group is None else QuantizedEmbedding.from_embedding(table, group)
+    return Attempt(with_parts(base, parts), [], layers)
 
 
 def int8_mixed(kitchen: Kitchen) -> Attempt:
@@ -183,7 +197,7 @@ def fp16(kitchen: Kitchen) -> Attempt:
 
 RECIPES: dict[str, Callable[[Kitchen], Attempt]] = {
     recipe.__name__: recipe
-    for recipe in (int8_static, int8_mixed, int8_dynamic, int8_weights, int4_weights, bf16, fp16)
+    for recipe in (int8_packed, int8_static, int8_mixed, int8_dynamic, int8_weights, int4_weights, bf16, fp16)
 }
 
 
@@ -212,6 +226,17 @@ def quantizable_layers(model: nn.Module) -> list[str]:
     if quantized_parts(model):
         raise UserError("quantize: the checkpoint is quantized already; give the stage a float one")
     return quantizable_linears(model)
+
+
+def _in_steps(kitchen: Kitchen, name: str, group: int | None) -> QuantizedLinear:
+    layer = kitchen.static_linear(name, group)
+    if group is not None and kitchen.params.weight_only.method == "gptq":
+        weight, inputs = _linear(kitchen.static.model, name).weight.detach(), kitchen.inputs[name]
+        if layer.input_scale is not None:
+            weight, inputs = weight / layer.input_scale, inputs * layer.input_scale
+        units = weight / layer.weight_scale[:, None]
+        layer.hold_steps(*gptq_in_steps(units, inputs, group, kitchen.limit))
+    return layer
 
 
 def _weights_only(kitchen: Kitchen, bits: int) -> Attempt:

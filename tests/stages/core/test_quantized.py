@@ -21,6 +21,7 @@ from stages.core.quantized import (
     quantize,
     quantize_by_own_range,
     rebuild_quantized,
+    round_in_steps,
     unpack,
 )
 
@@ -80,6 +81,42 @@ def test_four_bits_are_packed_as_onnx_packs_them() -> None:
     assert onnx.numpy_helper.to_array(tensor).astype(int).tolist() == levels.tolist()
 
 
+def test_steps_of_weights_on_their_grid_are_found_exactly() -> None:
+    # Multiples of 18 and of 3, whose largest fill the range of 4 bits.
+    multiples = torch.tensor([[7, -7, 1, 0, 7, 2, -1, -7]])
+    weight = multiples * torch.tensor([[18.0] * 4 + [3.0] * 4])
+    found, steps = round_in_steps(weight, 4)
+    assert steps.tolist() == [[18, 3]]
+    assert torch.equal(found, multiples.to(torch.int8))
+
+
+@given(st.integers(0, 1000), st.sampled_from([63, 127]), st.sampled_from([4, 16]))
+def test_no_other_step_errs_less_and_none_leaves_the_range(seed: int, limit: int, group: int) -> None:
+    weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed)) ** 3
+    weight = weight / weight.abs().amax(dim=1, keepdim=True) * limit
+    multiples, steps = round_in_steps(weight, group, limit)
+    rounded = multiples * steps.to(torch.int8).repeat_interleave(group, dim=1)
+    assert rounded.abs().max() <= limit
+    errors = (rounded - weight).square().unflatten(1, (-1, group)).sum(dim=2)
+    for step in range(1, limit // 7 + 1):
+        other = (weight / step).round().clamp(-7, 7) * step
+        assert (errors <= (other - weight).square().unflatten(1, (-1, group)).sum(dim=2) + 1e-3).all()
+
+
+def test_what_is_stored_in_steps_takes_half_the_bytes_and_loads_to_the_same_weights() -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(64, 32)
+    whole, halved = (QuantizedEmbedding.from_embedding(table, group) for group in (None, 16))
+    bytes_of = {name: sum(part.nbytes for part in table.state_dict().values()) for name, table in
+                (("whole", whole), ("halved", halved))}  # fmt: skip
+    assert bytes_of == {"whole": 64 * 32 + 64 * 4, "halved": 64 * 32 // 2 + 64 * 2 + 64 * 4}
+    loaded = QuantizedEmbedding(64, 32, 16)
+    loaded.load_state_dict(halved.state_dict())
+    assert torch.equal(loaded.weight, halved.weight)
+    ids = torch.arange(64)
+    assert (halved(ids) - table(ids)).norm() < 0.12 * table.weight.norm()
+
+
 def test_an_embedding_is_within_half_a_step_of_each_row() -> None:
     torch.manual_seed(0)
     embedding = nn.Embedding(50, 12, padding_idx=0)
@@ -107,16 +144,16 @@ def test_every_kind_is_rebuilt_from_its_description() -> None:
     levels, zeros = torch.randint(0, 16, (32, 5)).to(torch.uint8), torch.randint(0, 16, (2, 5)).to(torch.uint8)
     parts = [
         QuantizedLinear.from_linear(linears[0], ActivationRange.covering(-2.0, 1.0), torch.rand(32) + 0.5, 63),
-        QuantizedLinear.from_linear(linears[1], None),
+        QuantizedLinear.from_linear(linears[1], None, group=16),
         GroupedLinear.from_levels(linears[2], levels, zeros, torch.rand(2, 5), 4),
         HalfLinear.from_linear(linears[3], "bf16"),
     ]
     tables = [
-        QuantizedEmbedding.from_embedding(nn.Embedding(7, 3)),
+        QuantizedEmbedding.from_embedding(nn.Embedding(7, 16), 16),
         HalfEmbedding.from_embedding(nn.Embedding(7, 3), "fp16"),
     ]
     model = nn.Sequential(*parts, *tables)
-    empty = nn.Sequential(*linears, nn.Embedding(7, 3), nn.Embedding(7, 3))
+    empty = nn.Sequential(*linears, nn.Embedding(7, 16), nn.Embedding(7, 3))
     rebuild_quantized(empty, json.loads(json.dumps(describe_quantized(model))))
     empty.load_state_dict(model.state_dict())
     inputs, ids = torch.randn(4, 32), torch.arange(7)

@@ -132,7 +132,9 @@ def stage(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, monkeypatch: p
     return run
 
 
-@pytest.mark.parametrize("recipe", ["int8_static", "int8_dynamic", "int8_weights", "int4_weights", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "recipe", ["int8_packed", "int8_static", "int8_dynamic", "int8_weights", "int4_weights", "bf16", "fp16"]
+)
 def test_every_recipe_gives_a_model_that_loads_and_answers_alike(
     recipe: str, stage: Any, tiny_checkpoint: Path, tiny_data: Path
 ) -> None:

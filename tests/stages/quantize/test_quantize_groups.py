@@ -4,8 +4,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stages.core.quantized import GroupedLinear
-from stages.quantize.groups import Grouped, _norm, _split, gptq, group_size, half_quadratic, round_to_nearest
+from stages.core.quantized import GroupedLinear, round_in_steps
+from stages.quantize.groups import (
+    Grouped,
+    _norm,
+    _split,
+    gptq,
+    gptq_in_steps,
+    group_size,
+    half_quadratic,
+    round_to_nearest,
+)
 
 
 def _layer_error(rounded: Grouped, weight: Tensor, inputs: Tensor) -> Tensor:
@@ -35,6 +44,22 @@ def test_gptq_is_never_worse_than_rounding_in_any_channel(seed: int, bits: int, 
     inputs = torch.randn(100, 64) @ torch.randn(64, 64)
     solved, nearest = gptq(weight, inputs, bits, group), round_to_nearest(weight, bits, group)
     assert (_layer_error(solved, weight, inputs) <= _layer_error(nearest, weight, inputs) * 1.0001).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([63, 127]))
+def test_gptq_in_steps_is_never_worse_than_the_best_steps_and_stays_in_range(seed: int, limit: int) -> None:
+    torch.manual_seed(seed)
+    weight = torch.randn(6, 64) ** 3
+    weight = weight / weight.abs().amax(dim=1, keepdim=True) * limit
+    inputs = torch.randn(100, 64) @ torch.randn(64, 64)
+    errors = []
+    for multiples, steps in (gptq_in_steps(weight, inputs, 16, limit), round_in_steps(weight, 16, limit)):
+        assert multiples.abs().max() <= 7
+        rounded = multiples.float() * steps.repeat_interleave(16, dim=1)
+        assert rounded.abs().max() <= limit
+        errors.append((inputs @ (rounded - weight).t()).square().sum(dim=0))
+    assert (errors[0] <= errors[1] * 1.0001).all()
 
 
 def test_gptq_uses_what_inputs_have_in_common() -> None:

@@ -27,6 +27,7 @@ from stages.core.quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
 )
+from stages.export.fusion import count_int8_products, fuse_openvino
 from stages.quantize.groups import round_groups
 from stages.quantize.observe import choose_range, collect_inputs
 from stages.quantize.recipes import quantizable_layers, with_parts
@@ -61,13 +62,18 @@ def exported(rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) ->
         rounded = round_groups(linears[name].weight.detach(), inputs[name], bits, 16, WEIGHTS_ONLY)
         return GroupedLinear.from_levels(linears[name], rounded.levels, rounded.zero_point, rounded.scale, bits)
 
-    def smoothed(name: str) -> nn.Module:
+    def smoothed(name: str, group: int | None = None) -> nn.Module:
         factor = 1.0 / inputs[name].abs().amax(dim=0).sqrt().clamp(min=0.1)
-        return QuantizedLinear.from_linear(linears[name], choose_range(inputs[name] * factor, MINMAX), factor)
+        ranges = choose_range(inputs[name] * factor, MINMAX)
+        return QuantizedLinear.from_linear(linears[name], ranges, factor, group=group)
 
     embeddings = {name: QuantizedEmbedding.from_embedding(table) for name, table in tables.items()}
     parts: dict[str, dict[str, nn.Module]] = {
         "smoothed": {**embeddings, **{name: smoothed(name) for name in layers}},
+        "packed": {
+            **{name: QuantizedEmbedding.from_embedding(table, 16) for name, table in tables.items()},
+            **{name: smoothed(name, 16) for name in layers},
+        },
         "int8": {**embeddings, **{name: grouped(name, 8) for name in layers}},
         "int4": {**embeddings, **{name: grouped(name, 4) for name in layers}},
         "half": {
@@ -82,7 +88,9 @@ def exported(rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 # MatMulNBits rounds the inputs of each group to 8 bits as well; OpenVINO computes in float.
-@pytest.mark.parametrize(("name", "tolerance"), [("smoothed", 1e-3), ("int8", 0.05), ("int4", 0.05), ("half", 1e-4)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("smoothed", 1e-3), ("packed", 1e-3), ("int8", 0.05), ("int4", 0.05), ("half", 1e-4)]
+)
 def test_onnx_runtime_computes_what_pytorch_computes(
     name: str, tolerance: float, exported: dict[str, tuple[nn.Module, Path]], rows: list[list[int]]
 ) -> None:
@@ -150,9 +158,24 @@ def test_onnx_runtime_fuses_weights_in_groups(
     assert kinds["DequantizeLinear"] == 0
 
 
-def test_smoothing_leaves_integer_products_fused(exported: dict[str, tuple[nn.Module, Path]], tmp_path: Path) -> None:
-    kinds = Counter(node.op_type for node in _optimized(exported["smoothed"][1], tmp_path).graph.node)
+@pytest.mark.parametrize("name", ["smoothed", "packed"])
+def test_integer_products_stay_fused(name: str, exported: dict[str, tuple[nn.Module, Path]], tmp_path: Path) -> None:
+    kinds = Counter(node.op_type for node in _optimized(exported[name][1], tmp_path).graph.node)
     assert kinds["MatMulIntegerToFloat"] == LAYERS
+    assert fuse_openvino(exported[name][1]).int8_products == count_int8_products(onnx.load(exported[name][1]).graph)
+
+
+def test_weights_in_steps_are_four_bits_in_the_file_and_int8_when_loaded(
+    exported: dict[str, tuple[nn.Module, Path]], tmp_path: Path
+) -> None:
+    path = exported["packed"][1]
+    stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    assert sum(tensor.data_type == onnx.TensorProto.INT4 for tensor in stored.values()) == LAYERS + TABLES
+    assert not any(tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2 for tensor in stored.values())
+    loaded = [tensor for tensor in _optimized(path, tmp_path).graph.initializer if len(tensor.dims) == 2]
+    assert sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in loaded) == LAYERS + TABLES
+    half = path.stat().st_size / exported["smoothed"][1].stat().st_size
+    assert half < 0.75  # at this size names and shapes weigh much
 
 
 def test_weights_in_groups_need_an_operator_set_that_has_them(
