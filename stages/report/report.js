@@ -30,11 +30,12 @@ function makeSortable(table) {
   [...table.tHead.rows[0].cells].forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.append(...head.childNodes);
+    const notes = [...head.children].filter((part) => part.tagName === "SMALL");
+    button.append(...[...head.childNodes].filter((part) => !notes.includes(part)));
     button.addEventListener("click", () => {
       sortBy(table, column, head.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending");
     });
-    head.append(button);
+    head.prepend(button);
   });
   const hint = document.createElement("span");
   hint.className = "unseen";

@@ -176,7 +176,7 @@ def _fall_of_quality(axes: Axes, steps: Sequence[Step], named: bool) -> None:
     axes.set_xlim(min(reached) - 0.15 * room, max(reached) + 0.35 * room)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}".replace("-", "−") if value else "0"))
-    axes.set_title("Quality, points against fine-tuned")
+    axes.set_title("Quality, points" if named else "Quality, points against fine-tuned")
     _steps_as_names(axes, steps, named)
 
 

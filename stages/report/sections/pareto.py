@@ -14,6 +14,8 @@ from stages.report.drawing import ACCENT, GRID, INK, MUTED, new_figure, style
 from stages.report.sections import Section
 from stages.report.sources import Inputs, read_ladder
 
+_LABEL_HEIGHTS = (5, -12, 18, -25)  # in points above the dot: neighbours' names keep apart
+
 
 @dataclass(frozen=True)
 class Place:
@@ -89,20 +91,21 @@ def front(found: Sequence[Place], measure: Callable[[LadderRow], float], label: 
     best = sorted((place for place in found if not place.beaten_by), key=lambda place: measure(place.row))
     xs, ys = [measure(place.row) for place in best], [100 * place.row.quality for place in best]
     axes.step(xs, ys, where="pre" if larger else "post", color=ACCENT, linewidth=1.2, alpha=0.6)
-    for place in found:
+    for number, place in enumerate(sorted(found, key=lambda place: measure(place.row))):
         row, colour = place.row, MUTED if place.beaten_by else ACCENT
         x, y = measure(row), 100 * row.quality
         if row.low is not None and row.high is not None and row.difference is not None:
             below, above = row.difference - row.low, row.high - row.difference
-            axes.vlines(x, y - 100 * below, y + 100 * above, color=GRID, linewidth=2)
+            axes.vlines(x, y - 100 * below, y + 100 * above, color=colour, linewidth=2, alpha=0.35)
         axes.plot(x, y, "o", color=colour, markersize=5 if place.beaten_by else 8)
         axes.annotate(
             row.title,
             (x, y),
-            xytext=(6, 5),
+            xytext=(6, _LABEL_HEIGHTS[number % len(_LABEL_HEIGHTS)]),
             textcoords="offset points",
             color=colour if place.beaten_by else INK,
             fontsize=8,
+            weight="normal" if place.beaten_by else "bold",
         )
     measured = [measure(place.row) for place in found]
     axes.set_xlim(0, max(measured) * 1.28)
