@@ -131,7 +131,11 @@ def open_stage(
 
 
 def command(
-    name: str, body: Callable[[StageRun], dict[str, Any]], inputs: Sequence[str], variants: bool = False
+    name: str,
+    body: Callable[[StageRun], dict[str, Any]],
+    inputs: Sequence[str],
+    variants: bool = False,
+    optional: Sequence[str] = (),
 ) -> None:
     """Run a room from its command line and exit: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted.
 
@@ -140,18 +144,22 @@ def command(
         body: does the work in `run.staging` and returns metrics, written to `metrics.json`.
         inputs: roles of the input folders; each becomes an option, such as `--data`.
         variants: whether the stage is run for several models, told apart by `--variant`.
+        optional: roles that the graph may leave out; the run then has no such input.
     """
-    sys.exit(_run_command(name, body, inputs, variants))
-
-
-def _run_command(name: str, body: Callable[[StageRun], dict[str, Any]], inputs: Sequence[str], variants: bool) -> int:
-    arguments = _parser(name, inputs, variants).parse_args()
-    paths = {role: getattr(arguments, role) for role in inputs}
+    arguments = _parser(name, inputs, variants, optional).parse_args()
+    given = {role: getattr(arguments, role) for role in (*inputs, *optional)}
+    paths = {role: path for role, path in given.items() if path is not None}
     full_name = f"{arguments.stage}@{arguments.variant}" if variants else arguments.stage
+    sys.exit(_run_command(name, full_name, body, paths, arguments.out))
+
+
+def _run_command(
+    name: str, full_name: str, body: Callable[[StageRun], dict[str, Any]], paths: Mapping[str, Path], out: Path
+) -> int:
     # Ctrl-C and a polite kill end alike: the training loop saves its state, everything else just stops.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with open_stage(full_name, load_params(PARAMS), paths, arguments.out, section=name) as run:
+        with open_stage(full_name, load_params(PARAMS), paths, out, section=name) as run:
             _run_body(run, body)
     except UserError as error:
         for line in str(error).splitlines():
@@ -198,7 +206,7 @@ def _write_history(path: Path, history: list[dict[str, float]]) -> None:
         writer.writerows(history)
 
 
-def _parser(name: str, inputs: Sequence[str], variants: bool) -> argparse.ArgumentParser:
+def _parser(name: str, inputs: Sequence[str], variants: bool, optional: Sequence[str]) -> argparse.ArgumentParser:
     room = sys.modules.get(f"stages.{name}")
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{name}",
@@ -207,6 +215,8 @@ def _parser(name: str, inputs: Sequence[str], variants: bool) -> argparse.Argume
     )
     for role in inputs:
         parser.add_argument(f"--{role}", type=Path, required=True, help=f"input folder: {role}")
+    for role in optional:
+        parser.add_argument(f"--{role}", type=Path, help=f"input folder, where there is one: {role}")
     if variants:
         parser.add_argument("--variant", required=True, help="which model, such as quantize")
     parser.add_argument("--stage", default=name, help="its name in dvc.yaml where that is not the room's")

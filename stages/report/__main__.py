@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas
 
 from stages.core.artifacts import write_json
-from stages.core.ladder import VARIANTS, LadderRow, fastest_within_floor, headline, times_smaller
+from stages.core.ladder import CHAIN, VARIANTS, LadderRow, fastest_within_floor, headline, times_smaller
 from stages.core.stage import StageRun, command
 from stages.report.drawing import save
-from stages.report.page import draw, render
-from stages.report.sources import TRAINED, read_findings
+from stages.report.page import NARROW, read_sections, render, settled
+from stages.report.sources import read_ladder
 
 _INPUTS = (
-    *("acquire", "clean", "tokenize", *TRAINED, "quantize", "quantize_finetuned", "cascade"),
+    *("acquire", "clean", "tokenize", "pretrain", "finetune", "distill", "latency_table", "prune"),
+    *("quantize", "quantize_finetuned"),
+    *(f"export@{variant}" for variant in (*CHAIN, "quantize_finetuned")),
+    "cascade",
     *(f"evaluate@{variant}" for variant in VARIANTS),
     "deploy_check",
 )
+# What the page tells more of where the graph has it.
+_OPTIONAL = (*(f"robustness@{variant}" for variant in VARIANTS), "explain", "review")
 
 
 def run_report(run: StageRun) -> dict[str, Any]:
     """Write the page, its pictures and the ladder; return the headline numbers."""
-    findings = read_findings(run.inputs)
-    figures = draw(findings, run.params)
+    rows = read_ladder(run.inputs)
+    sections = read_sections(run.inputs, run.params)
     plots = run.staging / "plots"
     plots.mkdir()
-    for name, figure in figures.items():
-        if name != "ladder_narrow":  # the same picture, laid out for a phone's page
+    for name, figure in settled(sections).items():
+        if not name.endswith(NARROW):
             save(figure, plots, name)
-    page = render(findings, run.params, figures)
+    page = render(rows, sections, run.params)
     (run.staging / "report.html").write_text(page, encoding="utf-8")
-    pandas.DataFrame([row.to_flat() for row in findings.rows]).to_csv(
+    pandas.DataFrame([row.to_flat() for row in rows]).to_csv(
         run.staging / "ladder.csv", index=False, lineterminator="\n"
     )
-    write_json(run.staging / "ladder.json", [row.to_dict() for row in findings.rows])
-    run.say(headline(findings.rows))
-    return summarize(findings.rows)
+    write_json(run.staging / "ladder.json", [row.to_dict() for row in rows])
+    run.say(headline(rows))
+    return summarize(rows)
 
 
-def summarize(rows: list[LadderRow]) -> dict[str, Any]:
+def summarize(rows: Sequence[LadderRow]) -> dict[str, Any]:
     """The headline numbers: those of the fastest model that meets the floor, null where there is none."""
     best = fastest_within_floor(rows)
     if best is None:
@@ -58,4 +64,4 @@ def summarize(rows: list[LadderRow]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("report", run_report, inputs=_INPUTS)
+    command("report", run_report, inputs=_INPUTS, optional=_OPTIONAL)

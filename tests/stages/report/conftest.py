@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy
 import pytest
+from report_reading import EXPORTED, REPOSITORY, page_of
 
-from stages.core.artifacts import write_json, write_manifest
+from stages.core.artifacts import digest, write_json, write_manifest
 from stages.core.ladder import VARIANTS as EVALUATED
 
 LABELS = ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
 SUPPORT = [9, 121, 122, 119, 81, 86]
-REPOSITORY = Path(__file__).parents[3]
 
 # throughput over fair, latency p50 and p95 in ms, texts/s, bytes, parameters, accuracy, difference, low, high
 VARIANTS: dict[str, tuple[float, ...]] = {
@@ -33,81 +33,84 @@ VARIANTS: dict[str, tuple[float, ...]] = {
 def variant_metrics(name: str, **changes: Any) -> dict[str, Any]:
     """Metrics of `evaluate` for one variant; `changes` replace whole top-level parts."""
     over_fair, p50, p95, speed, model_bytes, parameters, accuracy, difference, low, high = VARIANTS[name]
-    latency = {"p50": p50, "p95": p95, "p99": p95 * 1.3}
-    slower = {key: value * 1.35 for key, value in latency.items()}
-    batches = {"8": speed * 0.7, "32": speed * 0.93, "128": speed}
-    openvino = {
-        "latency_ms": latency,
-        "texts_per_second": batches,
-        "best_batch_size": 128,
-        "best_texts_per_second": speed,
-        "peak_memory_mb": 412.5,
+    found = {
+        "variant": name,
+        "texts": sum(SUPPORT),
+        "quality": _quality(accuracy),
+        "per_class": _per_class(),
+        "against_reference": {
+            "metric": "accuracy",
+            "difference": difference,
+            "low": low,
+            "high": high,
+            "confidence": 0.95,
+            "within_floor": True,
+        },
+        "size": {"parameters": parameters, "model_bytes": model_bytes},
+        **_speeds(p50, p95, speed),
+        "baselines": {
+            "fair": _baseline("longest in the batch", 287.0, 9.2),
+            "naive": _baseline(512, 9.4, 152.0),
+        },
+        "speedup": {
+            "throughput_over_fair": _gain(over_fair),
+            "throughput_over_naive": _gain(over_fair * 30.5),
+            "latency_over_fair": _gain(9.2 / p50),
+            "latency_over_naive": _gain(152.0 / p50),
+        },
     }
-    per_class = {
+    return found | ({"passed_on": 0.151} if name == "cascade" else {}) | changes
+
+
+def _quality(accuracy: float) -> dict[str, float]:
+    return {
+        "accuracy": accuracy,
+        "precision_macro": accuracy - 0.011,
+        "recall_macro": accuracy - 0.02,
+        "f1_macro": accuracy - 0.016,
+        "precision_weighted": accuracy,
+        "recall_weighted": accuracy,
+        "f1_weighted": accuracy - 0.001,
+        "calibration_error": 0.021,
+        "log_loss": 0.163,
+    }
+
+
+def _per_class() -> dict[str, dict[str, float]]:
+    return {
         label: {"precision": 0.9 + index / 100, "recall": 0.97 - index / 100, "f1": 0.95, "support": support}
         for index, (label, support) in enumerate(zip(LABELS, SUPPORT, strict=True))
     }
-    return (
-        {
-            "variant": name,
-            "texts": sum(SUPPORT),
-            "quality": {
-                "accuracy": accuracy,
-                "precision_macro": accuracy - 0.011,
-                "recall_macro": accuracy - 0.02,
-                "f1_macro": accuracy - 0.016,
-                "precision_weighted": accuracy,
-                "recall_weighted": accuracy,
-                "f1_weighted": accuracy - 0.001,
-                "calibration_error": 0.021,
-                "log_loss": 0.163,
-            },
-            "per_class": per_class,
-            "against_reference": {
-                "metric": "accuracy",
-                "difference": difference,
-                "low": low,
-                "high": high,
-                "confidence": 0.95,
-                "within_floor": True,
-            },
-            "size": {"parameters": parameters, "model_bytes": model_bytes},
-            "runtimes": {
-                "onnxruntime-cpu": openvino
-                | {"latency_ms": slower, "texts_per_second": {key: value * 0.6 for key, value in batches.items()}}
-                | {"best_texts_per_second": speed * 0.6, "peak_memory_mb": 318.0},
-                "openvino-cpu": openvino,
-            },
-            "best": {
-                "latency_runtime": "openvino-cpu",
-                "latency_ms": latency,
-                "throughput_runtime": "openvino-cpu",
-                "batch_size": 128,
-                "texts_per_second": speed,
-                "peak_memory_mb": 412.5,
-            },
-            "baselines": {
-                "fair": {
-                    "padded_to": "longest in the batch",
-                    "texts_per_second": 287.0,
-                    "latency_ms": {"p50": 9.2, "p95": 12.8, "p99": 14.0},
-                },
-                "naive": {
-                    "padded_to": 512,
-                    "texts_per_second": 9.4,
-                    "latency_ms": {"p50": 152.0, "p95": 171.0, "p99": 180.0},
-                },
-            },
-            "speedup": {
-                "throughput_over_fair": _gain(over_fair),
-                "throughput_over_naive": _gain(over_fair * 30.5),
-                "latency_over_fair": _gain(9.2 / p50),
-                "latency_over_naive": _gain(152.0 / p50),
-            },
-        }
-        | ({"passed_on": 0.151} if name == "cascade" else {})
-        | changes
-    )
+
+
+def _speeds(p50: float, p95: float, speed: float) -> dict[str, Any]:
+    """Both runtimes, of which OpenVINO is the faster, and the best of them."""
+    openvino = _runtime(p50, p95, speed, 412.5)
+    best = {
+        "latency_runtime": "openvino-cpu",
+        "latency_ms": openvino["latency_ms"],
+        "throughput_runtime": "openvino-cpu",
+        "batch_size": 128,
+        "texts_per_second": speed,
+        "peak_memory_mb": 412.5,
+    }
+    slower = _runtime(p50 * 1.35, p95 * 1.35, speed * 0.6, 318.0)
+    return {"runtimes": {"onnxruntime-cpu": slower, "openvino-cpu": openvino}, "best": best}
+
+
+def _runtime(p50: float, p95: float, speed: float, memory_mb: float) -> dict[str, Any]:
+    return {
+        "latency_ms": {"p50": p50, "p95": p95, "p99": p95 * 1.3},
+        "texts_per_second": {"8": speed * 0.7, "32": speed * 0.93, "128": speed},
+        "best_batch_size": 128,
+        "best_texts_per_second": speed,
+        "peak_memory_mb": memory_mb,
+    }
+
+
+def _baseline(padded_to: int | str, speed: float, p50: float) -> dict[str, Any]:
+    latency = {"p50": p50, "p95": p50 * 1.2, "p99": p50 * 1.3}
+    return {"padded_to": padded_to, "texts_per_second": speed, "latency_ms": latency}
 
 
 @pytest.fixture
@@ -134,25 +137,38 @@ def project(finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return root
 
 
+@pytest.fixture(scope="session")
+def page(finished_project: Path) -> str:
+    """The page of the finished project."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished_project)
+        return page_of()
+
+
 def build_project(root: Path) -> None:
-    """Write params.yaml and the artifacts under `root`."""
+    """Write params.yaml and the artifacts under `root`, each stage made from those before it."""
     shutil.copy(REPOSITORY / "params.yaml", root)
     artifacts = root / "artifacts"
     _acquire(artifacts / "acquire")
     _clean(artifacts / "clean")
     _tokenize(artifacts / "tokenize")
+    _latency_table(artifacts / "latency_table")
     _train(artifacts)
+    for name in EXPORTED:
+        _model(artifacts / "export" / name, {"parameters": int(VARIANTS[name][5])}, [], [], artifacts / name / "model")
     _cascade(artifacts / "cascade")
     for name in EVALUATED:
         _evaluate(artifacts / "evaluate" / name, name)
     _deploy_check(artifacts / "deploy_check")
 
 
-def seal(folder: Path) -> None:
-    """Write what the stage contract adds to every output, manifests last."""
-    inputs = {"model": "e" * 64}
-    measured = {"inputs": inputs, "wall_seconds": 12.5, "peak_memory_mb": 820.0, "energy_joules": None}
-    write_json(folder / "measured.json", measured)
+def seal(folder: Path, **inputs: Path) -> None:
+    """Write what the stage contract adds to every output made from `inputs`, manifests last."""
+    given = {role: digest(unit) for role, unit in inputs.items()}
+    write_json(
+        folder / "measured.json",
+        {"inputs": given, "wall_seconds": 12.5, "peak_memory_mb": 820.0, "energy_joules": None},
+    )
     for unit in (path for path in folder.iterdir() if path.is_dir()):
         write_manifest(unit)
     write_manifest(folder)
@@ -176,7 +192,7 @@ def _unit(folder: Path, name: str, content: str) -> None:
 
 def _acquire(folder: Path) -> None:
     for unit in ("data", "corpus", "checkpoint"):
-        _unit(folder / unit, "file", unit)
+        _unit(folder / unit, "file", f"{folder.name} {unit}")
     write_json(
         folder / "provenance.json",
         {
@@ -198,7 +214,7 @@ def _acquire(folder: Path) -> None:
 
 def _clean(folder: Path) -> None:
     for unit in ("data", "corpus"):
-        _unit(folder / unit, "file", unit)
+        _unit(folder / unit, "file", f"{folder.name} {unit}")
     rules = [
         ("html", "train", 14, 'What is <b>bold</b> & "quoted" ?', 'What is bold & "quoted" ?'),
         ("too_short", "train", 3, "?", "1 character"),
@@ -208,12 +224,12 @@ def _clean(folder: Path) -> None:
     ]
     _rows(folder / "rules.csv", ["rule", "split", "count", "example_before", "example_after_or_detail"], rules)
     write_json(folder / "metrics.json", {"kept": 5368, "removed": 10299})
-    seal(folder)
+    seal(folder, data=folder.parent / "acquire/data", corpus=folder.parent / "acquire/corpus")
 
 
 def _tokenize(folder: Path) -> None:
     for unit in ("tokenizer", "data", "blocks"):
-        _unit(folder / unit, "file", unit)
+        _unit(folder / unit, "file", f"{folder.name} {unit}")
     rows = [
         (split, length, round(size * math.exp(-((length - 12) ** 2) / 32)))
         for split, size in (("train", 500), ("validation", 60), ("test", 62))
@@ -221,7 +237,13 @@ def _tokenize(folder: Path) -> None:
     ]
     _rows(folder / "lengths.csv", ["split", "length", "count"], rows)
     write_json(folder / "metrics.json", {"unknown_rate": 0.0002, "tokens_per_word": 1.13})
-    seal(folder)
+    seal(folder, data=folder.parent / "clean/data", checkpoint=folder.parent / "acquire/checkpoint")
+
+
+def _latency_table(folder: Path) -> None:
+    _unit(folder / "table", "table.json", "{}")
+    write_json(folder / "metrics.json", {"layers": 3})
+    seal(folder, data=folder.parent / "tokenize/data")
 
 
 def _train(artifacts: Path) -> None:
@@ -231,29 +253,42 @@ def _train(artifacts: Path) -> None:
         {"heldout_loss": 2.91},
         ["step", "train_loss", "heldout_loss", "perplexity", "bits_per_byte"],
         [(s, 3.4 - s / 150, (3.3 - s / 160) if s % 20 == 0 else "", "", "") for s in steps],
+        artifacts / "acquire/checkpoint",
     )
     header = ["step", "epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate"]
+    given = artifacts / "pretrain/model"
     for name, end in (("finetune", 700), ("distill", 2000), ("prune", 1300)):
-        curve = [
-            (
-                step,
-                step / end * 5,
-                0.35 + 1.5 * math.exp(-5 * step / end),
-                0.42 + 1.2 * math.exp(-6 * step / end) if number % 4 == 0 else "",
-                0.96 - 0.4 * math.exp(-6 * step / end) if number % 4 == 0 else "",
-                1e-4,
-            )
-            for number, step in enumerate(range(0, end + 1, end // 20))
-        ]
         quality = {"parameters": int(VARIANTS[name][5]), "validation": {"accuracy": 0.967, "f1_macro": 0.95}}
-        _model(artifacts / name, quality, header, curve)
-    quality = {"parameters": int(VARIANTS["quantize"][5]), "validation": {"accuracy": 0.963, "f1_macro": 0.95}}
-    attempts = {
-        "int8_static": {"place": 1, "reason": "it costs 0.0120 accuracy"},
-        "int8_dynamic": {"place": 2, "reason": ""},
+        _model(artifacts / name, quality, header, _curve(end), given)
+        given = artifacts / name / "model"
+    for name, given in (("quantize", "prune"), ("quantize_finetuned", "finetune")):
+        _model(artifacts / name, _quantization(name), [], [], artifacts / given / "model")
+
+
+def _curve(end: int) -> list[tuple[object, ...]]:
+    """Twenty points of a training that gets better; every fourth is also judged on validation texts."""
+    return [
+        (
+            step,
+            step / end * 5,
+            0.35 + 1.5 * math.exp(-5 * step / end),
+            0.42 + 1.2 * math.exp(-6 * step / end) if number % 4 == 0 else "",
+            0.96 - 0.4 * math.exp(-6 * step / end) if number % 4 == 0 else "",
+            1e-4,
+        )
+        for number, step in enumerate(range(0, end + 1, end // 20))
+    ]
+
+
+def _quantization(name: str) -> dict[str, Any]:
+    static = {"place": 1, "reason": "it costs 0.0120 accuracy", "loss": 0.012, "low": 0.002, "high": 0.021}
+    dynamic = {"place": 2, "reason": "", "loss": 0.002, "low": -0.004, "high": 0.008}
+    return {
+        "parameters": int(VARIANTS[name][5]),
+        "validation": {"accuracy": 0.963, "f1_macro": 0.95},
+        "recipe": "int8_dynamic",
+        "attempts": {"int8_static": {**static, "agreement": 0.97}, "int8_dynamic": {**dynamic, "agreement": 0.99}},
     }
-    _model(artifacts / "quantize", {**quality, "recipe": "int8_dynamic", "attempts": attempts}, [], [])
-    _model(artifacts / "quantize_finetuned", quality, [], [])
 
 
 def _cascade(folder: Path) -> None:
@@ -265,15 +300,18 @@ def _cascade(folder: Path) -> None:
     _unit(folder / "model", "cascade.json", "{}")
     _rows(folder / "trade_off.csv", ["passed_on", "difference", "low", "high", "cost"], rows)
     write_json(folder / "metrics.json", {"chosen": chosen, "validation": {"accuracy": 0.963}})
-    seal(folder)
+    exported = folder.parent / "export"
+    seal(folder, small=exported / "quantize/model", large=exported / "quantize_finetuned/model")
 
 
-def _model(folder: Path, metrics: dict[str, Any], header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    _unit(folder / "model", "model.safetensors", folder.name)
+def _model(
+    folder: Path, metrics: dict[str, Any], header: Sequence[str], rows: Sequence[Sequence[object]], given: Path
+) -> None:
+    _unit(folder / "model", "model.safetensors", folder.as_posix().partition("artifacts/")[2])
     if header:
         _rows(folder / "history.csv", header, rows)
     write_json(folder / "metrics.json", metrics)
-    seal(folder)
+    seal(folder, model=given)
 
 
 def _evaluate(folder: Path, name: str) -> None:
@@ -288,7 +326,8 @@ def _evaluate(folder: Path, name: str) -> None:
     _rows(folder / "confusion.csv", ["actual", "predicted"], pairs)
     bins = [(0.35, 0.4, 5), (0.52, 0.5, 8), (0.64, 0.6, 12), (0.77, 0.72, 19), (0.88, 0.9, 44), (0.97, 0.985, 450)]
     _rows(folder / "calibration.csv", ["confidence", "accuracy", "count"], bins)
-    seal(folder)
+    artifacts = folder.parents[1]
+    seal(folder, model=artifacts / ("cascade" if name == "cascade" else f"export/{name}") / "model")
 
 
 def _deploy_check(folder: Path) -> None:
@@ -309,4 +348,4 @@ def _deploy_check(folder: Path) -> None:
     write_json(folder / "metrics.json", metrics)
     machine = {"cpu": {"model": "Made-up CPU", "features": ["amx_int8"]}, "memory_gib": 8.0, "gpu": "absent"}
     write_json(folder / "details.json", {"inventory": machine, "contenders": {}})
-    seal(folder)
+    seal(folder, model=folder.parent / "export/quantize/model")

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.core.params import DeployCheckParams
+from stages.core.params import DeployCheckParams, Params
+from stages.report.sections import Section
+from stages.report.sources import Inputs, read_metrics
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,22 @@ class Device:
     rows: list[Row]
     notes: list[str]
     """What failed or is missing, and how the soak run went."""
+
+
+def section(inputs: Inputs, params: Params) -> Section | None:
+    """Tell what every device measured; a check that failed is an alarm."""
+    if "deploy_check" not in inputs:
+        return None
+    found = read_metrics(inputs, "deploy_check")
+    devices = read_devices(found, params.deploy_check)
+    told = ", ".join(f"{device.name} {device.status}" for device in devices)
+    return Section(
+        identifier="deployment",
+        title="Deployment check",
+        summary=f"{found['verdict'].capitalize()}: {told}.",
+        context={"verdict": found["verdict"], "gpu": found["gpu"], "devices": devices},
+        alarm=found["verdict"] != "passed",
+    )
 
 
 def read_devices(metrics: Mapping[str, Any], params: DeployCheckParams) -> list[Device]:
