@@ -1,7 +1,8 @@
 """Checkpoints: the Hugging Face folder, plus `headroom.json` for what that form cannot say.
 
-`headroom.json` holds the width of every layer after pruning, how parts are quantized, and the lineage. One call
-loads any of them back with the same logits. Weights are safetensors; pickles are never read.
+`headroom.json` holds the width of every layer after pruning and of the hidden states after slicing, how parts are
+quantized, and the lineage. One call loads any of them back with the same logits. Weights are safetensors; pickles are
+never read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from torch import Tensor, nn
 from stages.core.artifacts import digest, read_json, write_json
 from stages.core.errors import UserError
 from stages.core.quantized import describe_quantized, quantized_parts, rebuild_quantized
-from stages.core.structure import is_compressible, layer_widths, set_widths, widths_from_json, widths_to_json
+from stages.core.sliced import set_hidden_width
+from stages.core.structure import (
+    hidden_width,
+    is_compressible,
+    is_sliced,
+    layer_widths,
+    set_widths,
+    widths_from_json,
+    widths_to_json,
+)
 
 HEADROOM_FILE = "headroom.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -55,6 +65,7 @@ def save_model(
     description = {
         "format": FORMAT,
         "widths": widths_to_json(layer_widths(model)) if is_compressible(model) else None,
+        "sliced_to": hidden_width(model) if is_sliced(model) else None,
         "quantized": describe_quantized(model),
         "lineage": lineage,
     }
@@ -75,6 +86,9 @@ def load_model(folder: Path) -> nn.Module:
     model: nn.Module = architecture(config)
     if description["widths"] is not None:
         set_widths(model, widths_from_json(description["widths"]))
+    # Checkpoints from before there was slicing do not name it.
+    if description.get("sliced_to") is not None:
+        set_hidden_width(model, description["sliced_to"])
     rebuild_quantized(model, description["quantized"])
     _load_weights(model, folder)
     return model.eval()

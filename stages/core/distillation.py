@@ -46,7 +46,7 @@ from stages.core.params import (
 )
 from stages.core.relations import recorded_projections, relation_loss
 from stages.core.stage import StageRun
-from stages.core.structure import attention_linears, encoder_layers, layer_widths
+from stages.core.structure import attention_linears, encoder_layers, hidden_width, layer_widths
 from stages.core.tasks import Task
 from stages.core.teacher import Recorded, TeacherOutputs, average_logits, teacher_outputs
 from stages.core.tensors import pad_tensors, shuffled_batches, to_device
@@ -329,9 +329,9 @@ def check_comparable(student: nn.Module, lesson: Lesson, layers: Sequence[int]) 
         UserError: if head counts differ, relation heads do not divide a width, or hidden widths differ.
     """
     teacher, off = lesson.teacher, "set it to 0"
-    if teacher.hidden and layers and _hidden_size(student) != teacher.hidden[0].shape[-1] and not _has(student):
+    if teacher.hidden and layers and hidden_width(student) != teacher.hidden[0].shape[-1] and not _has(student):
         raise UserError(
-            f"distill.weights.hidden: the student is {_hidden_size(student)} wide and the teacher "
+            f"distill.weights.hidden: the student is {hidden_width(student)} wide and the teacher "
             f"{teacher.hidden[0].shape[-1]}; {off}"
         )
     if teacher.attention:
@@ -356,9 +356,9 @@ def check_comparable(student: nn.Module, lesson: Lesson, layers: Sequence[int]) 
 def _projection(student: nn.Module, lesson: Lesson) -> Iterator[None]:
     """Give the student a part that maps its hidden states to the teacher's width; only training sees it."""
     hidden = lesson.teacher.hidden
-    needed = bool(hidden) and hidden[0].shape[-1] != _hidden_size(student)
+    needed = bool(hidden) and hidden[0].shape[-1] != hidden_width(student)
     if needed:
-        student.add_module(_PROJECTION, nn.Linear(_hidden_size(student), hidden[0].shape[-1], bias=False))
+        student.add_module(_PROJECTION, nn.Linear(hidden_width(student), hidden[0].shape[-1], bias=False))
     try:
         yield
     finally:
@@ -385,11 +385,6 @@ def _projected(student: nn.Module, states: Tensor) -> Tensor:
 
 def _has(student: nn.Module) -> bool:
     return hasattr(student, _PROJECTION)
-
-
-def _hidden_size(model: nn.Module) -> int:
-    settings: Any = model.config
-    return int(settings.hidden_size)
 
 
 def _padded(tokens: Tensor, mask: Tensor) -> Tensor:

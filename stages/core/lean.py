@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.quantized import QuantizedLinear
-from stages.core.structure import NoAttention, encoder_layers, head_size, is_compressible
+from stages.core.structure import NoAttention, SlicedOutput, encoder_layers, head_size, is_compressible
 
 _MASKED = 1e4
 """Taken from the score of padding: its share becomes zero, and half precision can hold the number."""
@@ -32,7 +32,8 @@ _LAYER_PARTS = {"attention", "intermediate", "output"}
 def fits(model: nn.Module) -> bool:
     """Tell whether `LeanClassifier` knows all parts of the model: none that was put in the place of transformers'.
 
-    Linear layers and tables of words may be of any kind; they are taken as they are.
+    Linear layers and tables of words may be of any kind; they are taken as they are. So may layers that lost their
+    attention, and sliced ones.
     """
     parts: Any = model
     if not (is_compressible(model) and type(model).__name__.endswith("ForSequenceClassification")):
@@ -41,8 +42,9 @@ def fits(model: nn.Module) -> bool:
     layers: list[Any] = list(encoder_layers(model))
     known = [model, body, body.embeddings]
     for layer in layers:
-        known += [layer, layer.attention.output, layer.intermediate, layer.output]
-        known += [] if isinstance(layer.attention.self, NoAttention) else [layer.attention.self]
+        known += [layer, layer.intermediate]
+        own = (layer.attention.self, layer.attention.output, layer.output)
+        known += [part for part in own if not isinstance(part, NoAttention | SlicedOutput)]
     return (
         not parts.config.is_decoder
         and bool(layers)
@@ -123,15 +125,21 @@ class _Layer(nn.Module):
         self.first_only = first_only
         self.attention = _Attention(layer)
         self.attention_norm = layer.attention.output.LayerNorm
+        self.attention_skip, self.skip = _skip(layer.attention.output), _skip(layer.output)
         self.up, self.activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
         self.down, self.norm = layer.output.dense, layer.output.LayerNorm
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         asking = hidden[:, :1] if self.first_only else hidden
-        attended = self.attention_norm(self.attention(asking, hidden, mask) + asking)
+        attended = self.attention_norm(self.attention(asking, hidden, mask) + self.attention_skip(asking))
         change = self.down(self.activation(self.up(attended))) if self.down.in_features else self.down.bias
-        output: Tensor = self.norm(change + attended)
+        output: Tensor = self.norm(change + self.skip(attended))
         return output
+
+
+def _skip(block: Any) -> nn.Module:
+    """What the residual connection does to a block's input: nothing, unless hidden states are sliced."""
+    return block.skip if isinstance(block, SlicedOutput) else nn.Identity()
 
 
 class _Attention(nn.Module):

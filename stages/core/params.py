@@ -425,6 +425,16 @@ class SparseParams(Section):
     pattern: Annotated[UnstructuredParams | NOfMParams, Field(discriminator="kind")]
 
 
+class HiddenSlicingParams(Section):
+    """Hidden states cut to their principal components (SliceGPT, 2401.15024), encoders of the BERT family only."""
+
+    share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Of the hidden width to remove. Residuals become matrix products, so below about 0.13 there is more to compute
+    than before, and more is needed where layers have lost heads and neurons."""
+    multiple: Annotated[int, Field(ge=2)]
+    """The width is rounded up to a multiple, for the runtime's kernels."""
+
+
 class VocabularyParams(Section):
     """Tokens that the texts at hand do not need leave the embedding and the tokenizer."""
 
@@ -445,6 +455,8 @@ class PruneParams(Section):
     """Where `speedup` is measured; null for the faster one."""
     layers: Number | None
     """Keep so many layers, the ones whose absence would hurt most (2004.03844); null keeps all."""
+    hidden_slicing: HiddenSlicingParams | None
+    """Before heads and neurons go; null keeps the hidden width."""
     sparsity: SparsityParams
     saliency: Literal["first_order", "second_order"]
     """first_order: |gate x gradient| (Michel et al., 1905.10650); second_order: diagonal Fisher of the gates

@@ -65,6 +65,19 @@ class NoAttention(nn.Module):
         return hidden_states[..., :0], None
 
 
+class SlicedOutput(nn.Module):
+    """The end of a block whose input and output are told in different bases: its residual is a matrix product."""
+
+    def __init__(self, dense: nn.Module, skip: nn.Module, norm: nn.Module, dropout: nn.Module):
+        super().__init__()
+        self.dense, self.skip, self.LayerNorm, self.dropout = dense, skip, norm, dropout
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Add features [batch, length, features] to the block's input [batch, length, hidden], and normalize."""
+        output: Tensor = self.LayerNorm(self.dropout(self.dense(hidden_states)) + self.skip(input_tensor))
+        return output
+
+
 def is_compressible(model: nn.Module) -> bool:
     """Tell whether the model's family is one whose parts are known here."""
     config: Any = model.config
@@ -127,6 +140,16 @@ def head_size(layer: nn.Module) -> int:
     return int(attention.attention_head_size)
 
 
+def hidden_width(model: nn.Module) -> int:
+    """Features of the hidden states; fewer than the configuration says after slicing."""
+    return int(neuron_output(encoder_layers(model)[0]).out_features)
+
+
+def is_sliced(model: nn.Module) -> bool:
+    """Tell whether the hidden states were sliced."""
+    return is_compressible(model) and any(isinstance(part, SlicedOutput) for part in model.modules())
+
+
 def layer_widths(model: nn.Module) -> list[LayerWidth]:
     """Read the widths of every encoder layer."""
     return [
@@ -159,8 +182,14 @@ def set_widths(model: nn.Module, widths: Sequence[LayerWidth]) -> None:
 
 
 def keep_layers(model: nn.Module, kept: Sequence[int]) -> None:
-    """Remove all but the given encoder layers, in place."""
+    """Remove all but the given encoder layers, in place.
+
+    Raises:
+        UserError: if there are fewer layers, or each speaks a basis of its own.
+    """
     layers = encoder_layers(model)
+    if is_sliced(model):
+        raise UserError("the model's hidden states are sliced, so no layer fits another's place; keep all layers")
     if max(kept) >= len(layers):
         raise UserError(f"distill.student.layers: the teacher has layers 0 to {len(layers) - 1}, got {list(kept)}")
     _body(model).encoder.layer = nn.ModuleList([layers[index] for index in kept])

@@ -12,8 +12,10 @@ How much goes is a share of the parts, or better a speed: `speedup` is measured.
 saves on this machine, a knapsack search finds the widths that keep most importance in the time there is (Kwon et al.;
 ZipLM, 2302.04089), parts are swapped by how they interact, and the exported candidate is timed against the exported
 input until the speed is as asked. What stays of each layer is then fitted to the output of the whole one by least
-squares. All of that trains nothing. Whole layers may go first (2004.03844). Last, a short distillation from the teacher
-brings back most of what the cut cost. Speedup 1, or sparsity zero, hands the student through.
+squares. All of that trains nothing. Before it, whole layers may go (2004.03844), and the hidden states of those that
+stay be cut to their principal components (SliceGPT, 2401.15024, extended to norms after the residual). Then a short
+distillation from the teacher brings back most of what the cut cost. Speedup 1, or sparsity zero, hands the student
+through.
 
 Last, where params ask: zeros in the layers that are left (magnitude, Wanda 2306.11695, SparseGPT 2301.00774), which
 dense kernels gain nothing from; and a vocabulary without the tokens that the texts never need. The checkpoint's

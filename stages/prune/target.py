@@ -39,6 +39,7 @@ class Attempt:
 def cut_to_speedup(
     model: nn.Module,
     whole: Sequence[LayerWidth],
+    head_start: float,
     target: float,
     table: LatencyTable,
     gradients: Sequence[Saliency],
@@ -51,6 +52,7 @@ def cut_to_speedup(
     Args:
         model: to cut.
         whole: widths of the stage's input.
+        head_start: how many times faster than the table says the model is already, its hidden states being narrower.
         target: speedup over it.
         table: of measured times.
         gradients: of every text by the gates of the model, one entry a layer.
@@ -64,7 +66,7 @@ def cut_to_speedup(
     Raises:
         UserError: if the target is out of reach even without heads and neurons.
     """
-    whole_seconds, layers = table.model_seconds(whole), len(gradients)
+    whole_seconds, layers = head_start * table.model_seconds(whole), len(gradients)
     least = table.model_seconds([LayerWidth(0, 0)] * layers)
     if whole_seconds / target < least:
         raise _out_of_reach(target, whole_seconds / least)

@@ -33,7 +33,9 @@ def _seconds(model: torch.nn.Module) -> float:
 
 
 def test_a_table_that_tells_the_truth_is_believed_at_once(model: torch.nn.Module) -> None:
-    attempts = cut_to_speedup(model, WHOLE, 2.0, TABLE, _gradients(), 4, "second_order", lambda m: 150.0 / _seconds(m))
+    attempts = cut_to_speedup(
+        model, WHOLE, 1.0, 2.0, TABLE, _gradients(), 4, "second_order", lambda m: 150.0 / _seconds(m)
+    )
     assert len(attempts) == 1
     assert attempts[0].achieved == pytest.approx(2.0, rel=0.05)
     assert _seconds(model) <= 75.0
@@ -45,7 +47,7 @@ def test_the_clock_corrects_the_table(factor: float, model: torch.nn.Module) -> 
     def clock(candidate: torch.nn.Module) -> float:
         return factor * 150.0 / _seconds(candidate)
 
-    attempts = cut_to_speedup(model, WHOLE, 2.0, TABLE, _gradients(), 4, "second_order", clock)
+    attempts = cut_to_speedup(model, WHOLE, 1.0, 2.0, TABLE, _gradients(), 4, "second_order", clock)
     assert len(attempts) == 2
     assert clock(model) == pytest.approx(2.0, rel=0.05)
     assert nearest(attempts, 2.0) is attempts[1]
@@ -53,9 +55,9 @@ def test_the_clock_corrects_the_table(factor: float, model: torch.nn.Module) -> 
 
 def test_a_target_out_of_reach_is_refused_with_what_is_possible(model: torch.nn.Module) -> None:
     with pytest.raises(UserError, match=r"prune.speedup: 30 is out of reach, .* 25.00 times as fast"):
-        cut_to_speedup(model, WHOLE, 30.0, TABLE, _gradients(), 4, "second_order", lambda _: 1.0)
+        cut_to_speedup(model, WHOLE, 1.0, 30.0, TABLE, _gradients(), 4, "second_order", lambda _: 1.0)
     with pytest.raises(UserError, match=r"prune.speedup: 20 is out of reach, .* 12.00 times as fast"):
-        cut_to_speedup(model, WHOLE, 20.0, TABLE, _gradients(), 4, "second_order", lambda _: 12.0)
+        cut_to_speedup(model, WHOLE, 1.0, 20.0, TABLE, _gradients(), 4, "second_order", lambda _: 12.0)
     assert layer_widths(model) == WHOLE
 
 
