@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from stages.core.artifacts import read_json
-from stages.core.champions import CHAMPIONS, Champion, read_champions, digest_of_test_split
+from stages.core.champions import CHAMPIONS, Champion, digest_of_test_split, read_champions
 from stages.core.ladder import CHAIN, rate
 from stages.core.params import Params
 from stages.core.stage import METRICS

@@ -28,6 +28,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 def inputs() -> dict[str, Path]:
     stages = ("acquire", "clean", "tokenize", "pretrain", *CHAIN, "quantize_finetuned", "cascade", "deploy_check")
+    stages = (*stages, "review", "history")
     folders = {name: Path("artifacts") / name for name in stages}
     return folders | {f"evaluate@{name}": Path("artifacts/evaluate") / name for name in VARIANTS}
 

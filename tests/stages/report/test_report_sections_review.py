@@ -13,7 +13,7 @@ from markupsafe import Markup
 from selectolax.lexbor import LexborHTMLParser as HTMLParser
 
 from stages.core.artifacts import write_json
-from stages.core.champions import CHAMPIONS, Champion, read_champions, digest_of_test_split, write_champions
+from stages.core.champions import CHAMPIONS, Champion, digest_of_test_split, read_champions, write_champions
 from stages.core.errors import UserError
 from stages.core.params import Params, load_params
 from stages.core.tables import frame_of, write_table
