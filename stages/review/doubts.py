@@ -79,7 +79,7 @@ def noise_rate(probabilities: Array, labels: Array) -> float:
 
 def _wrong_labels(probabilities: Array, labels: Array) -> Array:
     """How many texts of each label (rows) seem to be of each other class (columns), int64 [classes, classes]."""
-    wrong = numpy.rint(_calibrated(probabilities, labels)).astype(numpy.int64)
+    wrong: Array = numpy.rint(_calibrated(probabilities, labels)).astype(numpy.int64)
     numpy.fill_diagonal(wrong, 0)
     return wrong
 
@@ -101,4 +101,5 @@ def _thresholds(probabilities: Array, labels: Array) -> Array:
     classes = probabilities.shape[1]
     counts = numpy.bincount(labels, minlength=classes)
     sums = numpy.bincount(labels, probabilities[numpy.arange(len(labels)), labels], minlength=classes)
-    return numpy.divide(sums, counts, out=numpy.full(classes, numpy.inf), where=counts > 0)
+    means: Array = numpy.divide(sums, counts, out=numpy.full(classes, numpy.inf), where=counts > 0)
+    return means

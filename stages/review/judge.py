@@ -62,7 +62,7 @@ def out_of_sample(embeddings: Array, labels: Array, classes: int, folds: int, se
     Returns:
         probabilities, [texts, classes].
     """
-    probabilities = numpy.eye(classes)[labels]
+    probabilities: Array = numpy.eye(classes)[labels]
     learnt = numpy.setdiff1d(numpy.arange(classes), small_classes(labels, classes, folds))
     if len(learnt) < _FEWEST_CLASSES:
         return probabilities
@@ -77,4 +77,4 @@ def out_of_sample(embeddings: Array, labels: Array, classes: int, folds: int, se
 
 def small_classes(labels: Array, classes: int, folds: int) -> list[int]:
     """Classes with fewer texts than there are folds."""
-    return numpy.flatnonzero(numpy.bincount(labels, minlength=classes) < folds).tolist()
+    return [int(label) for label in numpy.flatnonzero(numpy.bincount(labels, minlength=classes) < folds)]

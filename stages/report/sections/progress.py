@@ -91,9 +91,9 @@ def draw(points: Sequence[Point], fit: Doubling | None) -> Figure:
         lower.plot([point.day for point in judged], [point.quality for point in judged], "o-", color=MUTED)
         lower.set_ylabel("quality")
         lower.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-        locator = AutoDateLocator(maxticks=7)
+        locator = AutoDateLocator(maxticks=7)  # type: ignore[no-untyped-call]
         lower.xaxis.set_major_locator(locator)
-        lower.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        lower.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
         for axes in (upper, lower):
             axes.grid(axis="y")
             axes.margins(x=0.04, y=0.15)
