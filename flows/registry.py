@@ -1,9 +1,9 @@
 """`python -m flows.registry`, the stage `register`: the final model into the MLflow registry.
 
 Goes in: the exported model, its evaluation, the verdict of the deployment check, the report. Comes out: a version of
-the registered model in MLflow's ONNX flavor, with signature, input example and tokenizer, and an alias. `champion`
-goes to a model that passed the deployment check, meets the quality floor, and is as good and as fast as the champion
-it takes the place of, measured on the same test split; any other model is the `challenger`, with the reason.
+the registered model in MLflow's ONNX flavor, with signature, input example, tokenizer and model card, and an alias.
+`champion` goes to a model that passed the deployment check, meets the quality floor, and is as good and as fast as the
+champion it takes the place of, measured on the same test split; any other model is the `challenger`, with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, Literal
 from flows.environment import prepare
 from flows.graph import read_fingerprints
 from flows.tracking import tag_fingerprints
-from stages.core.artifacts import digest, read_json, text_sha256
+from stages.core.artifacts import digest, read_json
+from stages.core.champions import digest_of_test_split
 from stages.core.choice import RUNTIME_FILE
 from stages.core.errors import UserError
 from stages.core.observe.tracking import mirror, open_client, tracking_uri
@@ -28,7 +29,16 @@ Alias = Literal["champion", "challenger"]
 CHAMPION: Alias = "champion"
 CHALLENGER: Alias = "challenger"
 REASON = "headroom.reason"
+ALIAS = "headroom.alias"
+"""Tag of a version: the alias it took when it was registered, which another may have taken since."""
+MODEL = "headroom.model"
+"""Tag of a version: digest of the exported model."""
+TEXTS_PER_SECOND = "headroom.texts_per_second"
+MACHINE = "headroom.machine"
+"""Tag of a version: the processor that its speed was measured on."""
+MODEL_CARD = "model_card.md"
 
+_DETAILS = "details.json"  # of the deployment check
 _SPEED_KEPT = 0.95  # throughput over the fair baseline wobbles by a few percent between runs
 _EXAMPLE_SHAPE = (1, 8)
 _LARGEST_IN_ONE_FILE = 2**31  # a protobuf message ends there
@@ -115,7 +125,7 @@ def run_register(run: StageRun) -> dict[str, Any]:
     """
     contender, passed, within_floor = _read_contender(run)
     uri = tracking_uri(run.params)
-    client = _connect(uri)
+    client = connect(uri)
     from mlflow.exceptions import MlflowException
 
     try:
@@ -164,14 +174,6 @@ def save_onnx_model(model: Path, folder: Path) -> None:
     )
 
 
-def test_split_digest(predictions: Path) -> str:
-    """Sum up the texts and labels of an evaluation, whatever was predicted for them."""
-    import pandas
-
-    frame = pandas.read_parquet(predictions, columns=["text", "label"])
-    return text_sha256(frame.to_json(orient="values"))
-
-
 def _read_contender(run: StageRun) -> tuple[Contender, bool, bool]:
     evaluation = read_json(run.inputs["evaluation"] / METRICS)
     verdict = read_json(run.inputs["deploy_check"] / METRICS)
@@ -181,7 +183,7 @@ def _read_contender(run: StageRun) -> tuple[Contender, bool, bool]:
             metric=metric,
             quality=float(evaluation["quality"][metric]),
             speedup=float(evaluation["speedup"]["throughput_over_fair"]["median"]),
-            test_split=test_split_digest(run.inputs["evaluation"] / "predictions.parquet"),
+            test_split=digest_of_test_split(run.inputs["evaluation"] / "predictions.parquet"),
         )
         return contender, verdict["verdict"] == "passed", bool(evaluation["against_reference"]["within_floor"])
     except KeyError as missing:
@@ -191,7 +193,12 @@ def _read_contender(run: StageRun) -> tuple[Contender, bool, bool]:
         ) from None
 
 
-def _connect(uri: str) -> Any:
+def connect(uri: str) -> Any:
+    """Open a client and make sure that the store answers.
+
+    Raises:
+        UserError: if it does not.
+    """
     prepare()
     try:
         client = open_client(uri)
@@ -202,6 +209,7 @@ def _connect(uri: str) -> Any:
 
 
 def _unreachable(problem: BaseException) -> UserError:
+    """Say in one line that MLflow is away."""
     reason = " ".join(str(problem).split())[:200]
     return UserError(f"MLflow cannot be reached ({reason}); when it can, run again: only this stage will run")
 
@@ -224,14 +232,24 @@ def _register(run: StageRun, client: Any, run_id: str, contender: Contender, dec
         folder = Path(temporary, "model")
         save_onnx_model(run.inputs["model"], folder)
         choice = run.inputs["evaluation"] / RUNTIME_FILE
-        if choice.exists():
-            shutil.copyfile(choice, folder / "extra_files" / RUNTIME_FILE)
+        card = run.inputs["report"] / MODEL_CARD
+        for beside in (choice, card):
+            if beside.exists():
+                shutil.copyfile(beside, folder / "extra_files" / beside.name)
         client.log_artifacts(run_id, str(folder), "model")
-    tags = {**contender.tags(), REASON: decision.reason, "headroom.model": digest(run.inputs["model"])}
+    tags = {**contender.tags(), **_measured(run), REASON: decision.reason, ALIAS: decision.alias}
+    tags[MODEL] = digest(run.inputs["model"])
     source = f"{client.get_run(run_id).info.artifact_uri}/model"
     version = client.create_model_version(name, source, run_id, tags=tags, description=decision.reason)
     client.set_registered_model_alias(name, decision.alias, version.version)
     return int(version.version)
+
+
+def _measured(run: StageRun) -> dict[str, str]:
+    """Tags of the speed and of the machine it was measured on."""
+    evaluation = read_json(run.inputs["evaluation"] / METRICS)
+    machine = read_json(run.inputs["deploy_check"] / _DETAILS)["inventory"]
+    return {TEXTS_PER_SECOND: str(evaluation["best"]["texts_per_second"]), MACHINE: machine["cpu"]["model"]}
 
 
 def _requirement(package: str) -> str:

@@ -13,7 +13,7 @@ from flows.graph import Stage, read_graph, stage_table
 ROOT = Path(__file__).parents[1]
 ROOMS = [
     *["acquire", "clean", "tokenize", "pretrain", "finetune", "distill", "latency_table", "prune", "quantize"],
-    *["export", "cascade", "evaluate", "deploy_check", "report"],
+    *["export", "cascade", "evaluate", "deploy_check", "review", "report"],
 ]
 SERVED_AS_WELL = {"quantize_finetuned": "quantize"}
 """Stages whose room is named after another stage."""
@@ -30,11 +30,13 @@ def stages() -> list[Stage]:
 
 def test_stages_are_the_rooms_in_order() -> None:
     names = list(dict.fromkeys(stage.name.split("@")[0] for stage in stages()))
-    assert [name for name in names if name not in SERVED_AS_WELL] == ["fingerprint", *ROOMS, "register"]
+    assert [name for name in names if name not in SERVED_AS_WELL] == [
+        *("fingerprint", *ROOMS[:-1], "history", "report", "register")
+    ]
     assert set(SERVED_AS_WELL) <= set(names)
     assert sorted(path.parent.name for path in Path("stages").glob("*/__main__.py")) == sorted(ROOMS)
     assert {module_of(stage) for stage in stages()} == {
-        *(f"stages.{room}" for room in ROOMS), "stages.core.fingerprint", "flows.registry",
+        *(f"stages.{room}" for room in ROOMS), "stages.core.fingerprint", "flows.history", "flows.registry",
     }  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def test_every_output_is_a_folder_of_its_stage_and_read_paths_are_declared() -> 
         assert all(Path(output) == written or Path(output).parent == written for output in stage.outputs), stage.name
         assert set(words[:-1]) == {path for path in stage.dependencies if path.startswith("artifacts/")} - {
             "artifacts/fingerprint/hardware.json", "artifacts/fingerprint/sources.json",
-            "artifacts/fingerprint/checkpoints.json",
+            "artifacts/fingerprint/corrections.json", "artifacts/fingerprint/checkpoints.json",
         }, stage.name  # fmt: skip
 
 

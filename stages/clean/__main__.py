@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from stages.clean.corpus import clean_corpus
+from stages.clean.corrections import read_corrections
 from stages.clean.labelled import SPLITS, clean_labelled
-from stages.clean.ledger import CORPUS, CORPUS_REMOVALS, REMOVALS, REPAIRS, Ledger
+from stages.clean.ledger import CORPUS, CORPUS_REMOVALS, RELABELLED, REMOVALS, REPAIRS, Ledger
 from stages.core.artifacts import write_json
 from stages.core.stage import StageRun, command
 from stages.core.tables import frame_of, read_table, write_table
@@ -15,9 +16,10 @@ from stages.core.tables import frame_of, read_table, write_table
 def run_clean(run: StageRun) -> dict[str, Any]:
     """Clean the splits, then the corpus, which must not give away test and validation; return counts."""
     params, ledger = run.params.clean, Ledger()
+    corrections = read_corrections(params.corrections)
     raw = {name: read_table(run.inputs["data"] / f"{name}.parquet", "parquet", "utf-8") for name in SPLITS}
     texts = read_table(run.inputs["corpus"] / "corpus.parquet", "parquet", "utf-8")["text"].tolist()
-    splits = clean_labelled(raw, params, ledger)
+    splits = clean_labelled(raw, params, corrections, ledger)
     protected = [*splits["test"]["text"], *splits["validation"]["text"]]
     corpus = clean_corpus(texts, protected, params, ledger)
     data = run.unit("data")
@@ -27,6 +29,7 @@ def run_clean(run: StageRun) -> dict[str, Any]:
     write_json(data / "labels.json", labels)
     write_table(frame_of(["text"], [[text] for text in corpus]), run.unit("corpus") / "corpus.parquet")
     write_table(ledger.rejects(), run.staging / "rejects.parquet")
+    write_table(ledger.corrections(), run.staging / "corrections.parquet")
     write_table(ledger.rules((*SPLITS, CORPUS)), run.staging / "rules.csv")
     kept = sum(map(len, splits.values()))
     run.say(
@@ -37,6 +40,12 @@ def run_clean(run: StageRun) -> dict[str, Any]:
         "labels": len(labels),
         "repaired": ledger.totals(REPAIRS, SPLITS),
         "removed": ledger.totals(REMOVALS, SPLITS),
+        "corrections": {
+            "file": corrections.file,
+            "sha256": corrections.sha256,
+            "given": len(corrections.entries),
+            **ledger.totals((RELABELLED, "dropped"), SPLITS),
+        },
         "corpus": {
             "in": len(texts),
             "out": len(corpus),

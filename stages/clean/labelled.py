@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import pandas
 
+from stages.clean.corrections import Corrections, apply_corrections
 from stages.clean.duplicates import near_duplicates
 from stages.clean.ledger import REMOVALS, Ledger
+from stages.clean.rows import Row
 from stages.clean.rules import repair, repairs
 from stages.core.errors import UserError
 from stages.core.observe.progress import track
@@ -21,37 +22,25 @@ SPLITS = ("train", "validation", "test")
 _KEPT_FIRST = ("test", "validation", "train")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A labelled text on its way."""
-
-    split: str
-    label: str
-    original: str
-    """As it came."""
-    text: str
-    """Repaired."""
-    key: str
-    """`comparable` form of the repaired text."""
-
-
 def clean_labelled(
-    frames: Mapping[str, pandas.DataFrame], params: CleanParams, ledger: Ledger
+    frames: Mapping[str, pandas.DataFrame], params: CleanParams, corrections: Corrections, ledger: Ledger
 ) -> dict[str, pandas.DataFrame]:
-    """Repair and sift the splits; whatever is removed goes to the ledger.
+    """Repair, correct and sift the splits; whatever is changed or removed goes to the ledger.
 
     Args:
         frames: train, validation and test with text and label.
         params: which rules, and how strict.
-        ledger: notes repairs and rejects.
+        corrections: of reviewers.
+        ledger: notes repairs, corrections and rejects.
 
     Returns:
         the cleaned splits, rows in their first order.
 
     Raises:
-        UserError: if nothing is left of a split, or a class vanished from train.
+        UserError: if a correction cannot be applied, nothing is left of a split, or a class vanished from train.
     """
     rows = [row for split in SPLITS for row in _repaired(frames[split], split, params, ledger)]
+    rows = apply_corrections(rows, corrections, ledger)
     rows = _without_bad_lengths(rows, params, ledger)
     rows = _without_conflicts(rows, ledger)
     rows = _without_copies(rows, ledger)

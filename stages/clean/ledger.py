@@ -9,14 +9,16 @@ import pandas
 from stages.core.tables import frame_of
 
 REPAIRS = ("unicode", "html", "control_characters", "whitespace")
+RELABELLED = "relabelled"
 REMOVALS = (
-    "empty", "too_short", "too_long", "label_conflict", "duplicate", "leak", "near_duplicate", "near_leak",
+    "dropped", "empty", "too_short", "too_long", "label_conflict", "duplicate", "leak", "near_duplicate", "near_leak",
 )  # fmt: skip
 CORPUS = "corpus"
 CORPUS_REMOVALS = ("empty", "too_short", "duplicate", "leak", "near_leak")
 _LONGEST_EXAMPLE = 160
 _LONGEST_DETAIL = 300
 _BEFORE_A_DIFFERENCE = 40
+_CORRECTION = ("split", "key", "text", "before", "after", "reviewer", "note", "file", "sha256")
 
 
 class Ledger:
@@ -26,6 +28,7 @@ class Ledger:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._examples: dict[tuple[str, str], tuple[str, str]] = {}
         self._rejects: list[tuple[str, str | None, str, str, str]] = []
+        self._corrections: list[dict[str, str]] = []
 
     def repaired(self, rule: str, split: str, before: str, after: str) -> None:
         """Note that a repair changed a text."""
@@ -40,6 +43,19 @@ class Ledger:
         self._examples.setdefault((rule, split), (_cut(text, _LONGEST_EXAMPLE), _cut(detail, _LONGEST_EXAMPLE)))
         self._rejects.append((text, label, split, rule, detail))
 
+    def corrected(self, split: str, **entry: str) -> None:
+        """Note what a reviewer changed: key, text, before, after, reviewer, note, file and its sha256."""
+        self._corrections.append({"split": split, **entry})
+
+    def relabelled(self, split: str, text: str, before: str, after: str) -> None:
+        """Note that a text got another label."""
+        self._counts[RELABELLED, split] += 1
+        self._examples.setdefault((RELABELLED, split), (_cut(text, _LONGEST_EXAMPLE), f"{before} -> {after}"))
+
+    def corrections(self) -> pandas.DataFrame:
+        """Return every row that a reviewer changed, with where that came from."""
+        return frame_of(_CORRECTION, [[entry[name] for name in _CORRECTION] for entry in self._corrections])
+
     def rejects(self) -> pandas.DataFrame:
         """Return every removed text: text, label (none in the corpus), split, reason, detail."""
         return frame_of(["text", "label", "split", "reason", "detail"], self._rejects)
@@ -47,7 +63,7 @@ class Ledger:
     def rules(self, splits: tuple[str, ...]) -> pandas.DataFrame:
         """Return a row for each rule and split: rule, split, count, example_before, example_after_or_detail."""
         rows = []
-        for rule in (*REPAIRS, *REMOVALS):
+        for rule in (*REPAIRS, RELABELLED, *REMOVALS):
             for split in splits:
                 if split == CORPUS and rule not in (*REPAIRS, *CORPUS_REMOVALS):
                     continue

@@ -1,10 +1,10 @@
 """`python -m stages.core.fingerprint --out FOLDER`: what lies outside the project and still decides results.
 
 Writes `hardware.json` (machine and package versions, an input of the stages that measure), `sources.json` (sums of
-the user's own files, an input of acquire) and `checkpoints.json` (sums of the user's own checkpoints that teach or
-become students, an input of the stages that distill). It runs on every `dvc repro`, so it starts fast and imports no
-framework; as the first stage it is also the one that reports mistakes in `params.yaml`. Files that would not change
-are not touched.
+the user's own files, an input of acquire), `corrections.json` (sum of what reviewers corrected, an input of clean) and
+`checkpoints.json` (sums of the user's own checkpoints that teach or become students, an input of the stages that
+distill). It runs on every `dvc repro`, so it starts fast and imports no framework; as the first stage it is also the
+one that reports mistakes in `params.yaml`. Files that would not change are not touched.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from stages.core.params import LocalSource, Params, Section, load_params
 
 HARDWARE = "hardware.json"
 SOURCES = "sources.json"
+CORRECTIONS = "corrections.json"
 CHECKPOINTS = "checkpoints.json"
 
 _PARAMS = Path("params.yaml")
@@ -77,7 +78,7 @@ class Sums:
 
 
 def write_fingerprint(params: Params, out: Path) -> None:
-    """Write the three files into `out`, each only if it differs from what is there.
+    """Write the four files into `out`, each only if it differs from what is there.
 
     Raises:
         UserError: if a source cannot be read or the disk is full.
@@ -87,6 +88,8 @@ def write_fingerprint(params: Params, out: Path) -> None:
         with _known_sums() as sums:
             sources = {name: source.path for name, source in local_sources(params)}
             _write_if_new(out / SOURCES, describe_files(sources, sums))
+            corrections = {"clean.corrections": params.clean.corrections} if params.clean.corrections else {}
+            _write_if_new(out / CORRECTIONS, describe_files(corrections, sums))
             _write_if_new(out / CHECKPOINTS, describe_files(params.distill.checkpoints(), sums))
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -161,6 +161,8 @@ class CleanParams(Section):
     """null turns near-duplicate removal off."""
     corpus_minimum_characters: Number
     """Shorter pieces of the corpus are dropped."""
+    corrections: str | None
+    """A filled-in `review.csv` whose corrections are applied, relative to the project; null for none."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -628,6 +630,17 @@ class QualityParams(Section):
     """A compressed model may score at most so much below the fine-tuned one."""
 
 
+class ReviewParams(Section):
+    """Which texts are worth the look of an expert."""
+
+    texts: Count
+    """At most so many; 0 for none."""
+    low_confidence: Fraction
+    """Answers of the compressed model on test texts whose probability is below this count as unsure."""
+    folds: Annotated[int, Field(ge=2)]
+    """Parts of the training texts, each judged by a classifier that learnt from the others."""
+
+
 class TargetParams(Section):
     """What the service must hold on one device."""
 
@@ -687,6 +700,7 @@ class Params(Section):
     export: ExportParams
     cascade: CascadeParams
     evaluate: EvaluateParams
+    review: ReviewParams
     deploy_check: DeployCheckParams
     tracking: TrackingParams
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import pandas
 from stages.core.artifacts import write_json
 from stages.core.ladder import CHAIN, VARIANTS, LadderRow, fastest_within_floor, headline, times_smaller
 from stages.core.stage import StageRun, command
+from stages.report.card import MODEL_CARD, write_card
 from stages.report.drawing import save
 from stages.report.page import NARROW, read_sections, render, settled
+from stages.report.results import SCHEMA, check_results, collect_results
 from stages.report.sources import read_ladder
 
 _INPUTS = (
@@ -20,10 +23,10 @@ _INPUTS = (
     *(f"export@{variant}" for variant in (*CHAIN, "quantize_finetuned")),
     "cascade",
     *(f"evaluate@{variant}" for variant in VARIANTS),
-    "deploy_check",
+    *("deploy_check", "review", "history"),
 )
 # What the page tells more of where the graph has it.
-_OPTIONAL = (*(f"robustness@{variant}" for variant in VARIANTS), "explain", "review")
+_OPTIONAL = (*(f"robustness@{variant}" for variant in VARIANTS), "explain")
 
 
 def run_report(run: StageRun) -> dict[str, Any]:
@@ -41,8 +44,18 @@ def run_report(run: StageRun) -> dict[str, Any]:
         run.staging / "ladder.csv", index=False, lineterminator="\n"
     )
     write_json(run.staging / "ladder.json", [row.to_dict() for row in rows])
+    write_results(run)
     run.say(headline(rows))
     return summarize(rows)
+
+
+def write_results(run: StageRun) -> None:
+    """Write what programs and registries read: results.json with its schema, and the model card."""
+    results = collect_results(run.inputs, run.params)
+    check_results(results)
+    write_json(run.staging / "results.json", results)
+    shutil.copyfile(SCHEMA, run.staging / SCHEMA.name)
+    (run.staging / MODEL_CARD).write_text(write_card(results, run.params), encoding="utf-8")
 
 
 def summarize(rows: Sequence[LadderRow]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ SECTIONS = (
     "quantization",
     "deployment",
     "training",
+    "review",
+    "progress",
     "data",
     "lineage",
     "environment",

@@ -9,9 +9,11 @@ import pandas
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from flows.history import read_history, run_history
 from flows.registry import CHALLENGER, CHAMPION, REASON, Contender, decide, run_register
 from flows.tracking import FINGERPRINT
 from stages.core.artifacts import write_json, write_manifest
+from stages.core.champions import CHAMPIONS, Champion, read_champions
 from stages.core.errors import UserError
 from stages.core.observe.tracking import open_client, tracking_uri
 from stages.core.params import load_params
@@ -63,12 +65,15 @@ def make_inputs(
         "quality": {"accuracy": quality},
         "against_reference": {"within_floor": True},
         "speedup": {"throughput_over_fair": {"median": speedup, "low": speedup, "high": speedup}},
+        "best": {"texts_per_second": 100.0 * speedup},
     }
     write_json(inputs["evaluation"] / "metrics.json", evaluation)
     predictions = {"text": [text, None], "label": ["no", "yes"], "prediction": ["no", "no"], "score": [0.9, 0.6]}
     pandas.DataFrame(predictions).to_parquet(inputs["evaluation"] / "predictions.parquet")
     write_json(inputs["deploy_check"] / "metrics.json", {"verdict": verdict})
+    write_json(inputs["deploy_check"] / "details.json", {"inventory": {"cpu": {"model": "Made-up CPU"}}})
     write_json(inputs["report"] / "metrics.json", {})
+    (inputs["report"] / "model_card.md").write_text(f"# Accuracy {quality}")
     for role in ("evaluation", "deploy_check", "report"):
         write_manifest(inputs[role])
     return inputs
@@ -80,6 +85,14 @@ def register(folder: Path, **changes: Any) -> dict[str, Any]:
         write_json(run.staging / "metrics.json", metrics)
         write_manifest(run.staging)
     return metrics
+
+
+def ask_history(model: Path) -> tuple[list[Champion], dict[str, Any]]:
+    with open_stage("history", load_params(Path("params.yaml")), {"model": model}, Path("history")) as run:
+        about = run_history(run)
+        champions = read_champions(run.staging / CHAMPIONS)
+        write_manifest(run.staging)
+    return champions, about
 
 
 @pytest.mark.parametrize(
@@ -147,6 +160,24 @@ def test_registered_model_loads_back_and_aliases_move(tracked: Path) -> None:
     assert numpy.allclose(model.predict(example)["logits"], [table[1] + table[2]])
     assert model.metadata.saved_input_example_info
     assert "tokenizer.json" in json.dumps(model.metadata.flavors["onnx"])
+    card = mlflow.artifacts.download_artifacts(f"models:/{name}@champion/extra_files/model_card.md")
+    assert Path(card).read_text() == "# Accuracy 0.97"
+
+    # Champions in their order; the model that is asked about is left out, and its first day counts for it.
+    history = read_history(client, name)
+    assert [(champion.version, champion.texts_per_second) for champion in history.values()] == [(1, 800.0), (5, 800.0)]
+    assert list(history.values())[1].quality == 0.97
+    before, about = ask_history(tracked / "one" / "model")
+    assert [champion.version for champion in before] == [5]
+    assert about == {"champions": 1, "reached": 1, "day": next(iter(history.values())).day.isoformat()}
+    make_model(tracked / "new", scale=0.5)
+    before, about = ask_history(tracked / "new")
+    assert [champion.version for champion in before] == [1, 5]
+    # Registered once more, the same model is no new champion: a second run changes nothing.
+    register(tracked / "again", quality=0.97)
+    assert {model: champion.version for model, champion in read_history(client, name).items()} == {
+        model: champion.version for model, champion in history.items()
+    }
 
 
 def test_fingerprints_reach_the_runs_of_the_execution(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,3 +199,18 @@ def test_unreachable_registry_is_one_line(tracked: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="only this stage will run") as caught:
         register(tracked / "one")
     assert "\n" not in str(caught.value)
+
+
+def test_a_history_out_of_reach_is_empty_and_says_so(
+    tracked: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    make_model(tracked / "model")
+    champions, about = ask_history(tracked / "model")
+    assert (champions, about["champions"], about["reached"]) == ([], 0, 0)
+    assert "goes without a history" in capfd.readouterr().err
+
+
+def test_a_registry_without_the_model_has_no_history(tracked: Path) -> None:
+    assert read_history(open_client(tracking_uri(load_params(Path("params.yaml")))), "unheard of") == {}

@@ -42,7 +42,7 @@ _POINTS_PER_BATCH = 900  # MLflow takes at most 1000 metrics in one call
 _PARAMS_PER_BATCH = 90  # and at most 100 params
 _LONGEST_PARAM = 500
 _LONGEST_NAME = 250
-_SHOWN = {".json", ".csv", ".png", ".svg", ".html"}
+_SHOWN = {".json", ".csv", ".md", ".png", ".svg", ".html"}
 
 
 class RunRecord:

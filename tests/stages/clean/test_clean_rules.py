@@ -24,6 +24,7 @@ EVERYTHING = CleanParams(
     maximum_characters=1000,
     near_duplicates=None,
     corpus_minimum_characters=1,
+    corrections=None,
 )
 
 

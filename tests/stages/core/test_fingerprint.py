@@ -14,7 +14,7 @@ from stages.core.artifacts import file_sha256, read_json
 
 PROJECT = Path(__file__).parents[3]
 OUT = Path("artifacts/fingerprint")
-FILES = ("hardware.json", "sources.json", "checkpoints.json")
+FILES = ("hardware.json", "sources.json", "corrections.json", "checkpoints.json")
 
 
 @pytest.fixture
@@ -73,6 +73,21 @@ def test_checkpoints_that_distillation_names_are_summed_apart_from_the_sources(r
     Path("mine/more/test.csv").write_text("text,label\nc,d\n")
     assert run(raw) == 0
     assert read_json(OUT / "checkpoints.json")["distill.student"] != entry
+
+
+def test_corrections_are_summed_apart_so_that_only_cleaning_reruns(raw: dict[str, Any]) -> None:
+    assert run(raw) == 0
+    assert read_json(OUT / "corrections.json") == {}
+    sources = (OUT / "sources.json").read_bytes()
+    raw["clean"]["corrections"] = "corrected.csv"
+    Path("corrected.csv").write_text("key,correction\n")
+    assert run(raw) == 0
+    before = read_json(OUT / "corrections.json")
+    assert before["clean.corrections"]["files"] == {"corrected.csv": file_sha256(Path("corrected.csv"))}
+    Path("corrected.csv").write_text("key,correction\n1,x\n")
+    assert run(raw) == 0
+    assert read_json(OUT / "corrections.json") != before
+    assert (OUT / "sources.json").read_bytes() == sources
 
 
 def test_an_unchanged_machine_leaves_the_files_alone(raw: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def output(uri: str) -> Path:
     folder = Path("artifacts/clean")
     (folder / "plots").mkdir(parents=True)
     (folder / "model").mkdir()
-    for name in ("metrics.json", "history.csv", "rejects.parquet", "plots/a.png", "model/config.json"):
+    for name in ("metrics.json", "history.csv", "card.md", "rejects.parquet", "plots/a.png", "model/config.json"):
         (folder / name).write_text("{}")
     write_manifest(folder)
     return folder
@@ -128,7 +128,7 @@ def test_a_finished_run_holds_params_tags_metrics_and_files(client: MlflowClient
     assert run.data.tags["headroom.input.data"] == "sum-of-data"
     assert run.data.tags["headroom.output"] == digest(output)
     shown = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert shown == {"metrics.json", "history.csv", "manifest.json", "a.png"}
+    assert shown == {"metrics.json", "history.csv", "card.md", "manifest.json", "a.png"}
 
 
 def test_the_execution_is_the_parent_with_all_params(client: MlflowClient, params: Params, output: Path) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pandas
 import pytest
 from report_reading import EXPORTED, REPOSITORY, page_of
 
 from stages.core.artifacts import digest, write_json, write_manifest
+from stages.core.champions import CHAMPIONS, write_champions
 from stages.core.ladder import VARIANTS as EVALUATED
 
 LABELS = ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
@@ -160,6 +162,8 @@ def build_project(root: Path) -> None:
     for name in EVALUATED:
         _evaluate(artifacts / "evaluate" / name, name)
     _deploy_check(artifacts / "deploy_check")
+    _review(artifacts / "review")
+    _history(artifacts / "history")
 
 
 def seal(folder: Path, **inputs: Path) -> None:
@@ -324,6 +328,9 @@ def _evaluate(folder: Path, name: str) -> None:
             right = random.random() < VARIANTS[name][6]
             pairs.append((label, label if right else LABELS[int(random.integers(len(LABELS)))]))
     _rows(folder / "confusion.csv", ["actual", "predicted"], pairs)
+    frame = pandas.DataFrame(pairs, columns=["label", "prediction"])
+    frame.insert(0, "text", [f"question {number}" for number in range(len(frame))])
+    frame.assign(score=0.9).to_parquet(folder / "predictions.parquet", index=False)
     bins = [(0.35, 0.4, 5), (0.52, 0.5, 8), (0.64, 0.6, 12), (0.77, 0.72, 19), (0.88, 0.9, 44), (0.97, 0.985, 450)]
     _rows(folder / "calibration.csv", ["confidence", "accuracy", "count"], bins)
     artifacts = folder.parents[1]
@@ -349,3 +356,23 @@ def _deploy_check(folder: Path) -> None:
     machine = {"cpu": {"model": "Made-up CPU", "features": ["amx_int8"]}, "memory_gib": 8.0, "gpu": "absent"}
     write_json(folder / "details.json", {"inventory": machine, "contenders": {}})
     seal(folder, model=folder.parent / "export/quantize/model")
+
+
+def _review(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    header = ["key", "split", "text", "label", "why", "reasons", "correction", "note", "reviewer"]
+    why = "The label is in doubt: to a model that did not learn it, ENTY is 97% likely, LOC 1%."
+    text = "What botanical marvel did Nebuchadnezzar build ?"
+    _rows(folder / "review.csv", header, [("ab" * 32, "train", text, "LOC", why, "label_doubt", "", "", "")])
+    by_split = {"train": 1, "validation": 0, "test": 0}
+    metrics = {"texts": 1, "reasons": {"flip": 0, "label_doubt": 1, "low_confidence": 0}, "label_doubts": by_split}
+    noise = {"train": 0.004, "validation": 0.0, "test": 0.0}
+    write_json(folder / "metrics.json", metrics | {"estimated_noise": noise, "flips": 0})
+    seal(folder)
+
+
+def _history(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    write_champions(folder / CHAMPIONS, [])
+    write_json(folder / "metrics.json", {"champions": 0, "reached": 1, "day": "2026-12-27"})
+    seal(folder)

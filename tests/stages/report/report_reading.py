@@ -22,7 +22,7 @@ EXPORTED = (*CHAIN, "quantize_finetuned")
 def inputs() -> dict[str, Path]:
     """Input folders of the report by role, below the working directory."""
     stages = ("acquire", "clean", "tokenize", "pretrain", *CHAIN, "latency_table", "quantize_finetuned", "cascade")
-    folders = {name: Path("artifacts") / name for name in (*stages, "deploy_check")}
+    folders = {name: Path("artifacts") / name for name in (*stages, "deploy_check", "review", "history")}
     folders |= {f"export@{name}": Path("artifacts/export") / name for name in EXPORTED}
     return folders | {f"evaluate@{name}": Path("artifacts/evaluate") / name for name in VARIANTS}
 
