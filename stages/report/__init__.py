@@ -1,9 +1,13 @@
 """One page that says what the pipeline came to, and shows why it can be believed.
 
-In: the outputs of acquire, clean, tokenize, the training stages, both quantize stages, cascade, evaluate of every
-variant, and deploy_check.
+In: the outputs of every stage that made or measured a model; where the graph has them, those that disturb, explain and
+review it.
 Out: `report.html`, one file that opens offline; `plots/*.svg` and `plots/*.png`; the performance ladder as `ladder.csv`
-and `ladder.json`; and the headline numbers as `metrics.json`.
+and `ladder.json`, the steps to its best model as `waterfall.csv`; and the headline numbers as `metrics.json`.
+
+The page is a verdict, then sections. `sections/` has a module and a template for each, `page.SECTIONS` is their order:
+a new one is a line there. A section that finds something the reader must see before trusting the model raises an alarm,
+and the verdict names it.
 
 Nothing is measured here. Every figure comes from a file of another stage, so that the page can be made again at any
 time and says the same. Charts follow Cleveland & McGill, "Graphical Perception" (1984): positions on a common scale

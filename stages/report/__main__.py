@@ -12,6 +12,7 @@ from stages.core.ladder import CHAIN, VARIANTS, LadderRow, fastest_within_floor,
 from stages.core.stage import StageRun, command
 from stages.report.drawing import save
 from stages.report.page import NARROW, read_sections, render, settled
+from stages.report.sections.ladder import steps_of
 from stages.report.sources import read_ladder
 
 _INPUTS = (
@@ -40,6 +41,8 @@ def run_report(run: StageRun) -> dict[str, Any]:
     pandas.DataFrame([row.to_flat() for row in rows]).to_csv(
         run.staging / "ladder.csv", index=False, lineterminator="\n"
     )
+    steps = [{"step": step.what, "factor": step.factor, "points": 100 * step.points} for step in steps_of(rows)]
+    pandas.DataFrame(steps).to_csv(run.staging / "waterfall.csv", index=False, lineterminator="\n")
     write_json(run.staging / "ladder.json", [row.to_dict() for row in rows])
     run.say(headline(rows))
     return summarize(rows)

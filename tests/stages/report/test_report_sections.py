@@ -243,6 +243,11 @@ def test_the_lineage_leads_from_the_source_to_the_model(html: HTMLParser, finish
     assert "model from prune/model" in told
     assert "model from export/quantize" not in told
     assert "small from export@quantize/model" in told
+    trail = words(html, "#lineage > .lineage .stage")
+    assert trail.split() == [
+        *("acquire", "pretrain", "finetune", "distill", "prune", "quantize"),
+        *("export@quantize", "evaluate@quantize"),
+    ]
 
 
 def test_every_link_of_the_lineage_holds(project: Path) -> None:
