@@ -245,12 +245,15 @@ def test_pictures_are_told_to_those_who_do_not_see_them(open_page: OpenPage) -> 
 
 
 def test_on_paper_everything_is_open_light_and_without_contents(open_page: OpenPage) -> None:
-    page = open_page(scheme="dark")
+    page = open_page(width=718, scheme="dark")  # the width of A4 between its margins
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink')").strip() == "#1c2430"
     assert not page.locator("nav").is_visible()
+    assert page.locator("figure.wide").first.is_visible()
+    assert not page.locator("figure.narrow").first.is_visible()
     assert page.locator("#environment details").count() == 2
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 718
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details:not([open])").count() == page.locator("details").count()
