@@ -24,7 +24,7 @@ _INPUTS = (
     "deploy_check",
 )
 # What the page tells more of where the graph has it.
-_OPTIONAL = (*(f"robustness@{variant}" for variant in VARIANTS), "explain", "review")
+_OPTIONAL = (*(f"robustness@{variant}" for variant in VARIANTS), "explain", "review", "history")
 
 
 def run_report(run: StageRun) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class Link:
     stage: str
     given: list[Given]
     made: list[Unit]
+    whole: str
+    """Digest of all that the stage left behind, for those that read the whole of it."""
 
 
 def section(inputs: Inputs, params: Params) -> Section:
@@ -95,7 +97,7 @@ def lineage(inputs: Inputs) -> list[Link]:
     for stage in stages:
         noted = read_json(inputs[stage] / MEASURED)["inputs"]
         given = [Given(role, sum_, _source(sum_, links)) for role, sum_ in noted.items()]
-        links.append(Link(stage, given, _units(stage, inputs[stage])))
+        links.append(Link(stage, given, _units(stage, inputs[stage]), digest(inputs[stage])))
     return links
 
 
@@ -113,9 +115,12 @@ def trail_to(stage: str, links: Sequence[Link]) -> set[str]:
 
 
 def _source(wanted: str, links: Sequence[Link]) -> str | None:
-    """The last unit made with this digest: a stage that hands a unit on makes it anew."""
-    units = (unit for link in reversed(links) for unit in link.made)
-    return next((unit.title for unit in units if unit.digest == wanted), None)
+    """The last unit, or whole output, made with this digest: a stage that hands a unit on makes it anew."""
+    for link in reversed(links):
+        titles = {link.whole: link.stage, **{unit.digest: unit.title for unit in link.made}}
+        if wanted in titles:
+            return titles[wanted]
+    return None
 
 
 def _units(stage: str, folder: Path) -> list[Unit]:
