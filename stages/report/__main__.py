@@ -26,6 +26,8 @@ _INPUTS = (
 # What the page tells more of where the graph has it.
 _OPTIONAL = (*(f"robustness@{variant}" for variant in VARIANTS), "explain", "review", "history")
 
+_MOST_BYTES = 3_000_000
+
 
 def run_report(run: StageRun) -> dict[str, Any]:
     """Write the page, its pictures and the ladder; return the headline numbers."""
@@ -38,6 +40,10 @@ def run_report(run: StageRun) -> dict[str, Any]:
             save(figure, plots, name)
     page = render(rows, sections, run.params)
     (run.staging / "report.html").write_text(page, encoding="utf-8")
+    if (size := len(page.encode())) > _MOST_BYTES:
+        run.say(
+            f"report.html has {size / 1e6:.1f} MB, more than the {_MOST_BYTES / 1e6:.0f} it should; see its pictures"
+        )
     pandas.DataFrame([row.to_flat() for row in rows]).to_csv(
         run.staging / "ladder.csv", index=False, lineterminator="\n"
     )
