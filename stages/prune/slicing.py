@@ -249,8 +249,8 @@ def _describe(metrics: dict[str, Any]) -> str:
     speed = "" if speedup is None else f"measured {speedup:.2f} times as fast as the stage's input; "
     more = " (more than before: narrower layers save less than the residuals' matrices cost)" if ratio > 1.0 else ""
     return (
-        f"hidden width {metrics['of']} to {metrics['width']}: {speed}{ratio:.2f} times the multiplications a token{more}"
-        f"; accuracy {metrics['validation']['accuracy']:.4f}"
+        f"hidden width {metrics['of']} to {metrics['width']}: {speed}{ratio:.2f} times the multiplications a token"
+        f"{more}; accuracy {metrics['validation']['accuracy']:.4f}"
     )
 
 

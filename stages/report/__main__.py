@@ -15,6 +15,7 @@ from stages.report.card import MODEL_CARD, write_card
 from stages.report.drawing import save
 from stages.report.page import NARROW, read_sections, render, settled
 from stages.report.results import SCHEMA, check_results, collect_results
+from stages.report.sections.ladder import steps_of
 from stages.report.sources import read_ladder
 
 _INPUTS = (
@@ -28,6 +29,8 @@ _INPUTS = (
 # What the page tells more of where the graph has it.
 _OPTIONAL = (*(f"robustness@{variant}" for variant in VARIANTS), "explain")
 
+_MOST_BYTES = 3_000_000
+
 
 def run_report(run: StageRun) -> dict[str, Any]:
     """Write the page, its pictures and the ladder; return the headline numbers."""
@@ -40,9 +43,15 @@ def run_report(run: StageRun) -> dict[str, Any]:
             save(figure, plots, name)
     page = render(rows, sections, run.params)
     (run.staging / "report.html").write_text(page, encoding="utf-8")
+    if (size := len(page.encode())) > _MOST_BYTES:
+        run.say(
+            f"report.html has {size / 1e6:.1f} MB, more than the {_MOST_BYTES / 1e6:.0f} it should; see its pictures"
+        )
     pandas.DataFrame([row.to_flat() for row in rows]).to_csv(
         run.staging / "ladder.csv", index=False, lineterminator="\n"
     )
+    steps = [{"step": step.what, "factor": step.factor, "points": 100 * step.points} for step in steps_of(rows)]
+    pandas.DataFrame(steps).to_csv(run.staging / "waterfall.csv", index=False, lineterminator="\n")
     write_json(run.staging / "ladder.json", [row.to_dict() for row in rows])
     write_results(run)
     run.say(headline(rows))

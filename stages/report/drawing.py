@@ -58,6 +58,9 @@ _STYLE: dict[str, Any] = {
     "savefig.facecolor": PAPER,
 }
 _PIXELS_PER_INCH = 160
+# A hundredth of a point is finer than any screen; what matplotlib writes beyond it is half of the page.
+_COORDINATES = re.compile(r'(?<= d=")[^"]*|(?<= [xy]=")[^"]*')
+_DECIMALS = re.compile(r"(\.\d\d)\d+")
 
 
 @contextmanager
@@ -106,6 +109,7 @@ def _for_page(svg: str, name: str, description: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"', r"\1\2", body, count=1)
     body = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", body)
+    body = _COORDINATES.sub(lambda found: _DECIMALS.sub(r"\1", found[0]), body)
     # Names the browser resolves to the page's own type; sizes and anchors stay.
     body = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", body)
     for colour, variable in _VARIABLES.items():

@@ -28,6 +28,7 @@ function sortBy(table, column, direction) {
 
 function makeSortable(table) {
   [...table.tHead.rows[0].cells].forEach((head, column) => {
+    if (table.tBodies[0].rows[0]?.cells[column]?.classList.contains("number")) head.classList.add("number");
     const button = document.createElement("button");
     button.type = "button";
     const notes = [...head.children].filter((part) => part.tagName === "SMALL");

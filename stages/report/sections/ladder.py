@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from stages.core.ladder import PARENTS, LadderRow, fastest_within_floor, points, rate, times
+from stages.core.ladder import CHAIN, PARENTS, LadderRow, fastest_within_floor, points, rate, times
 from stages.core.params import Params
 from stages.report import plots
 from stages.report.drawing import ACCENT, BAD, GOOD, INK, MUTED, bare, new_figure, style
@@ -50,8 +50,7 @@ class Step:
 def section(inputs: Inputs, params: Params) -> Section:
     """Tell the ladder; there is always one."""
     rows, floor = read_ladder(inputs), params.quality.floor
-    best = fastest_within_floor(rows)
-    steps = steps_to(best or next(row for row in rows if row.name == final_variant(inputs)), rows)
+    best, steps = fastest_within_floor(rows), steps_of(rows)
     with style("draw"):
         figures = {
             "waterfall": waterfall(steps),
@@ -85,6 +84,12 @@ def section(inputs: Inputs, params: Params) -> Section:
             "waterfall": fall, "waterfall_narrow": fall, "ladder": described, "ladder_narrow": described
         },
     )  # fmt: skip
+
+
+def steps_of(rows: Sequence[LadderRow]) -> list[Step]:
+    """List the steps to the fastest model within the floor; where there is none, to the last of the chain."""
+    last = next(row for name in reversed(CHAIN) for row in rows if row.name == name)
+    return steps_to(fastest_within_floor(rows) or last, rows)
 
 
 def steps_to(row: LadderRow, rows: Sequence[LadderRow]) -> list[Step]:

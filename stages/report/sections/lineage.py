@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.core.artifacts import MANIFEST, digest, read_json
-from stages.core.ladder import CHAIN, VARIANTS
+from stages.core.ladder import CHAIN, TITLES, VARIANTS
 from stages.core.observe.tracking import flatten
 from stages.core.params import Params
 from stages.core.stage import MEASURED
 from stages.report.sections import Section
-from stages.report.sources import Inputs
+from stages.report.sources import Inputs, final_variant
 
 _STAGES = (
     *("acquire", "clean", "tokenize", "pretrain", "finetune", "distill", "latency_table", "prune"),
@@ -57,12 +57,15 @@ class Link:
     stage: str
     given: list[Given]
     made: list[Unit]
+    whole: str
+    """Digest of all that the stage left behind, for those that read the whole of it."""
 
 
 def section(inputs: Inputs, params: Params) -> Section:
     """Tell the lineage; an input that is no more what it was is an alarm."""
     links = lineage(inputs)
     changed = [f"{link.stage} ({given.role})" for link in links for given in link.given if given.source is None]
+    trail = trail_to(f"evaluate@{final_variant(inputs)}", links)
     units = sum(len(link.made) for link in links)
     checked = sum(len(link.given) for link in links)
     summary = f"{units} units with their digests; all {checked} inputs are what stands there now."
@@ -72,7 +75,13 @@ def section(inputs: Inputs, params: Params) -> Section:
         identifier="lineage",
         title="From raw data to model",
         summary=summary,
-        context={"links": links, "provenance": flatten(read_json(inputs["acquire"] / "provenance.json"))},
+        context={
+            "trail": [link for link in links if link.stage in trail],
+            "aside": [link for link in links if link.stage not in trail],
+            "links": links,
+            "final": TITLES[final_variant(inputs)],
+            "provenance": flatten(read_json(inputs["acquire"] / "provenance.json")),
+        },
         alarm=bool(changed),
     )
 
@@ -88,14 +97,30 @@ def lineage(inputs: Inputs) -> list[Link]:
     for stage in stages:
         noted = read_json(inputs[stage] / MEASURED)["inputs"]
         given = [Given(role, sum_, _source(sum_, links)) for role, sum_ in noted.items()]
-        links.append(Link(stage, given, _units(stage, inputs[stage])))
+        links.append(Link(stage, given, _units(stage, inputs[stage]), digest(inputs[stage])))
     return links
 
 
+def trail_to(stage: str, links: Sequence[Link]) -> set[str]:
+    """Name the stage and all those whose units led to it."""
+    by_stage = {link.stage: link for link in links}
+    found: set[str] = set()
+    waiting = [stage]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [given.source.partition("/")[0] for given in by_stage[name].given if given.source]
+    return found
+
+
 def _source(wanted: str, links: Sequence[Link]) -> str | None:
-    """The last unit made with this digest: a stage that hands a unit on makes it anew."""
-    units = (unit for link in reversed(links) for unit in link.made)
-    return next((unit.title for unit in units if unit.digest == wanted), None)
+    """The last unit, or whole output, made with this digest: a stage that hands a unit on makes it anew."""
+    for link in reversed(links):
+        titles = {link.whole: link.stage, **{unit.digest: unit.title for unit in link.made}}
+        if wanted in titles:
+            return titles[wanted]
+    return None
 
 
 def _units(stage: str, folder: Path) -> list[Unit]:

@@ -14,7 +14,7 @@ from stages.report.drawing import ACCENT, GRID, INK, MUTED, new_figure, style
 from stages.report.sections import Section
 from stages.report.sources import Inputs, read_ladder
 
-_LABEL_HEIGHTS = (5, -12, 18, -25)  # in points above the dot: neighbours' names keep apart
+_LABEL_HEIGHTS = (8, -15, 20, -27)  # in points above the dot: neighbours' names keep apart
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,15 @@ def front(found: Sequence[Place], measure: Callable[[LadderRow], float], label: 
         axes.annotate(
             row.title,
             (x, y),
-            xytext=(6, _LABEL_HEIGHTS[number % len(_LABEL_HEIGHTS)]),
+            xytext=(0, _LABEL_HEIGHTS[number % len(_LABEL_HEIGHTS)]),
             textcoords="offset points",
             color=colour if place.beaten_by else INK,
             fontsize=8,
+            ha="center",
             weight="normal" if place.beaten_by else "bold",
         )
     measured = [measure(place.row) for place in found]
-    axes.set_xlim(0, max(measured) * 1.28)
+    axes.set_xlim(0, max(measured) * 1.18)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))

@@ -29,7 +29,7 @@ def section(inputs: Inputs, params: Params) -> Section:
     return Section(
         identifier="reproduce",
         title="How to reproduce this",
-        summary=f"Three commands; {where}{changed}; settings {settings[:12]}.",
+        summary=f"The commands; {where}{changed}; settings {settings[:12]}.",
         context={
             "revision": revision,
             "settings": settings,

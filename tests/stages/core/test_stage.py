@@ -52,12 +52,18 @@ def params() -> Params:
     return load_params(Path("params.yaml"))
 
 
-def run_command(body: Body, *options: str, inputs: Sequence[str] = ("data",), variants: bool = False) -> int:
+def run_command(
+    body: Body,
+    *options: str,
+    inputs: Sequence[str] = ("data",),
+    variants: bool = False,
+    optional: Sequence[str] = (),
+) -> int:
     """Run a room's command line in this process; return its exit status."""
     given = options or ("--data", str(DATA), "--out", str(OUT))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["stages.clean", *given])
-        command("clean", body, inputs, variants)
+        command("clean", body, inputs, variants, optional)
     return int(ended.value.code or 0)
 
 
@@ -103,6 +109,17 @@ def test_a_stage_publishes_units_metrics_measures_and_manifests() -> None:
     assert state_of_run()["status"] == "FINISHED"
     assert state_of_run()["tags"]["headroom.output"] == digest(OUT)
     assert state_of_run()["tags"]["headroom.input.data"] == digest(DATA)
+
+
+def test_an_input_that_the_graph_leaves_out_is_no_input() -> None:
+    def body(run: StageRun) -> dict[str, Any]:
+        return {"inputs": len(run.inputs)}
+
+    given = ("--data", str(DATA), "--out", str(OUT))
+    assert run_command(body, *given, optional=("corpus",)) == 0
+    assert json.loads((OUT / "measured.json").read_text())["inputs"].keys() == {"data"}
+    assert run_command(body, *given, "--corpus", str(DATA), optional=("corpus",)) == 0
+    assert json.loads((OUT / "measured.json").read_text())["inputs"].keys() == {"data", "corpus"}
 
 
 def test_curves_become_a_table_with_empty_cells_where_there_is_no_point() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy
 import pandas
 import pytest
-from report_reading import EXPORTED, REPOSITORY, page_of
+from report_reading import EXPORTED, REPOSITORY, page_of, seal
 
-from stages.core.artifacts import digest, write_json, write_manifest
+from stages.core.artifacts import write_json
 from stages.core.champions import CHAMPIONS, write_champions
 from stages.core.ladder import VARIANTS as EVALUATED
 
@@ -164,18 +164,6 @@ def build_project(root: Path) -> None:
     _deploy_check(artifacts / "deploy_check")
     _review(artifacts / "review")
     _history(artifacts / "history")
-
-
-def seal(folder: Path, **inputs: Path) -> None:
-    """Write what the stage contract adds to every output made from `inputs`, manifests last."""
-    given = {role: digest(unit) for role, unit in inputs.items()}
-    write_json(
-        folder / "measured.json",
-        {"inputs": given, "wall_seconds": 12.5, "peak_memory_mb": 820.0, "energy_joules": None},
-    )
-    for unit in (path for path in folder.iterdir() if path.is_dir()):
-        write_manifest(unit)
-    write_manifest(folder)
 
 
 def _gain(value: float) -> dict[str, float]:

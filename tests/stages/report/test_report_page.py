@@ -184,6 +184,9 @@ def test_the_stage_publishes_page_pictures_and_ladder(project: Path, capfd: pyte
     table = pandas.read_csv(out / "ladder.csv")
     assert [row["name"] for row in ladder] == list(table["name"]) == ["naive PyTorch", "fair PyTorch", *VARIANTS]
     assert table.set_index("name").loc["quantize", "over_fair"] == pytest.approx(12.4)
+    steps = pandas.read_csv(out / "waterfall.csv")
+    assert steps["factor"].prod() == pytest.approx(12.4)
+    assert list(steps["step"])[-1] == "quantization"
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["best"] == "quantize"
     assert metrics["throughput_over_naive"] == pytest.approx(378.2)

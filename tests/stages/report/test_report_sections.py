@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from report_reading import REPOSITORY, change_metrics, inputs, page_of, table_after, words
+from report_reading import REPOSITORY, change_metrics, inputs, page_of, seal, table_after, words
 from selectolax.lexbor import LexborHTMLParser as HTMLParser
 
 from stages.core.artifacts import digest, file_sha256, write_manifest
@@ -243,6 +243,11 @@ def test_the_lineage_leads_from_the_source_to_the_model(html: HTMLParser, finish
     assert "model from prune/model" in told
     assert "model from export/quantize" not in told
     assert "small from export@quantize/model" in told
+    trail = words(html, "#lineage > .lineage .stage")
+    assert trail.split() == [
+        *("acquire", "pretrain", "finetune", "distill", "prune", "quantize"),
+        *("export@quantize", "evaluate@quantize"),
+    ]
 
 
 def test_every_link_of_the_lineage_holds(project: Path) -> None:
@@ -250,6 +255,14 @@ def test_every_link_of_the_lineage_holds(project: Path) -> None:
     assert all(given.source for link in links for given in link.given)
     exported = next(link for link in links if link.stage == "export@prune")
     assert [(given.role, given.source) for given in exported.given] == [("model", "prune/model")]
+
+
+def test_a_stage_may_read_the_whole_of_another(project: Path) -> None:
+    folder = project / "artifacts/review"
+    folder.mkdir()
+    seal(folder, evaluation=project / "artifacts/evaluate/quantize")
+    last = lineage.lineage(inputs() | {"review": folder})[-1]
+    assert [(given.role, given.source) for given in last.given] == [("evaluation", "evaluate@quantize")]
 
 
 def test_a_unit_changed_after_it_was_read_is_an_alarm(project: Path) -> None:
