@@ -18,7 +18,7 @@ from stages.core.tensors import pad_tensors
 from stages.explain.reader import Reader, Reading, ids_with, sum_by_word
 
 _TEXTS_AT_ONCE = 16
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 128
 _TINY_DIFFERENCE = 1.0
 
 Value = Callable[[Array], Array]
@@ -78,7 +78,11 @@ def shapley_values(value: Value, words: int, rounds: int, seed: int) -> Array:
     """
     import shap  # takes seconds
 
-    explainer = shap.PermutationExplainer(value, numpy.zeros((1, words)), seed=seed)
+    def keep(present: Array, text: Array) -> Array:
+        coalition: Array = present.astype(float)[None]
+        return coalition
+
+    explainer = shap.PermutationExplainer(value, keep, seed=seed)
     asked = rounds * (2 * words + 1)
     found: Array = explainer(numpy.ones((1, words)), max_evals=asked, silent=True).values[0]
     return found

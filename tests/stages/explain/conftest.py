@@ -16,7 +16,7 @@ from stages.core.artifacts import write_manifest
 from stages.core.checkpoints import load_model, load_tokenizer, save_model
 from stages.core.params import ExplainParams, load_params
 from stages.core.quantized import ActivationRange, QuantizedEmbedding, QuantizedLinear, replace_module
-from stages.core.structure import quantizable_linears
+from stages.core.structure import encoder_layers, keep_parts, quantizable_linears
 from stages.core.tensors import pad_tensors
 from stages.explain.reader import Reader
 
@@ -95,6 +95,22 @@ def quantized_checkpoint(
     model = _quantize_all(load_model(keyword_checkpoint), Reader.load(keyword_checkpoint, tiny_data), texts)
     folder = tmp_path_factory.mktemp("quantized")
     save_model(model, folder, keyword_checkpoint, [{"stage": "finetune"}, {"stage": "quantize"}])
+    write_manifest(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lean_checkpoint(
+    keyword_checkpoint: Path, tiny_data: Path, texts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same checkpoint without heads in its first layer and with three in its second, in static int8."""
+    model = load_model(keyword_checkpoint)
+    first, second = encoder_layers(model)
+    keep_parts(first, torch.tensor([]).long(), torch.arange(64))
+    keep_parts(second, torch.tensor([0, 1, 3]), torch.arange(48))
+    folder = tmp_path_factory.mktemp("lean")
+    quantized = _quantize_all(model, Reader.load(keyword_checkpoint, tiny_data), texts)
+    save_model(quantized, folder, keyword_checkpoint, [{"stage": "finetune"}, {"stage": "quantize"}])
     write_manifest(folder)
     return folder
 
