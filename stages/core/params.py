@@ -634,6 +634,8 @@ class ExplainParams(Section):
     """Variants of a text that LIME fits."""
     neighbours: Number
     """Training texts shown beside a text."""
+    neighbour_texts: Number
+    """Training texts searched for them, drawn at random where there are more."""
     faithfulness: FaithfulnessParams
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -13,7 +14,7 @@ from scipy import stats
 
 from stages.core.artifacts import write_json
 from stages.core.errors import UserError
-from stages.core.examples import Examples, load_examples, load_labels
+from stages.core.examples import Examples, load_examples, load_labels, sample
 from stages.core.judging import predict_logits
 from stages.core.metrics import Array, softmax
 from stages.core.params import ExplainParams
@@ -84,7 +85,7 @@ def run_explain(run: StageRun) -> dict[str, Any]:
         explained[role] = _explain(run, role, readers[role], chosen, sampled.chosen)
         run.say(f"{role}: {_completeness(explained[role].gradients)}")
     correlations = _correlations(readers[COMPRESSED], readings, sampled, explained, params)
-    train = load_examples(data, "train")
+    train = _searched(run, data)
     texts = [
         _record(place, index, test, train, words[index], load_labels(data), explained, correlations[place])
         for place, index in enumerate(sampled.indices)
@@ -201,9 +202,14 @@ def _test(
 
 
 def _neighbours(run: StageRun, role: str, reader: Reader, rows: Sequence[list[int]]) -> tuple[Array, Array]:
-    known = load_examples(run.inputs["data"], "train", run.inputs[role]).input_ids
+    known = _searched(run, run.inputs["data"], run.inputs[role]).input_ids
     vectors = first_token_vectors(reader.model, rows, reader.pad_id)
     return nearest(vectors, first_token_vectors(reader.model, known, reader.pad_id), run.params.explain.neighbours)
+
+
+def _searched(run: StageRun, data: Path, checkpoint: Path | None = None) -> Examples:
+    """Training texts among which neighbours are looked for: the same ones whatever model reads them."""
+    return sample(load_examples(data, "train", checkpoint), run.params.explain.neighbour_texts, run.params.seed)
 
 
 def _correlations(

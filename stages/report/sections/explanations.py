@@ -180,7 +180,12 @@ def _faithfulness_rows(table: pandas.DataFrame) -> list[dict[str, Any]]:
     for (model, method), found in table.groupby(["model", "method"], sort=False):
         measures = {row["measure"]: row for row in found.to_dict(orient="records")}
         rows.append(
-            {"model": MODELS[model], "method": METHODS[method], "texts": found["texts"].iloc[0], "measures": measures}
+            {
+                "model": MODELS[str(model)],
+                "method": METHODS[str(method)],
+                "texts": found["texts"].iloc[0],
+                "measures": measures,
+            }
         )
     return rows
 
