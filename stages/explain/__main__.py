@@ -250,7 +250,7 @@ def _record(
     return {
         "index": index,
         "text": test.texts[index],
-        "label": labels[test.labels[index]] if test.labels[index] >= 0 else None,
+        "label": _name(labels, test.labels[index]),
         "flip": bool(explained[TEACHER].answers[place] != explained[COMPRESSED].answers[place]),
         "words": words,
         "correlation": correlation,
@@ -274,10 +274,15 @@ def _record_model(place: int, found: Explained, train: Examples, labels: list[st
     indices, similarities = found.neighbours
     if place < len(indices):
         record["neighbours"] = [
-            {"text": train.texts[near], "label": labels[train.labels[near]], "similarity": float(similarity)}
+            {"text": train.texts[near], "label": _name(labels, train.labels[near]), "similarity": float(similarity)}
             for near, similarity in zip(indices[place], similarities[place], strict=True)
         ]
     return record
+
+
+def _name(labels: list[str], index: int) -> str | None:
+    """Name a class; None for a text without a label."""
+    return labels[index] if index >= 0 else None
 
 
 def _write(

@@ -95,11 +95,11 @@ def found_wanting(faithfulness: pandas.DataFrame) -> list[str]:
 
 def summarize(metrics: Mapping[str, Any], wanting: Sequence[str]) -> str:
     """Say in a sentence or two whether the explanations hold and how far they moved."""
-    mean = metrics["correlation"]["mean"]
+    mean, compared = metrics["correlation"]["mean"], metrics["correlation"]["texts"]
     moved = (
         "No text is long enough to compare the two models' reasons."
         if mean is None
-        else f"Mean rank correlation of the two models' word attributions: {mean:.2f} over {metrics['texts']} texts."
+        else f"Mean rank correlation of the two models' word attributions: {mean:.2f} over {compared} texts."
     )
     if wanting:
         return f"The attributions are not shown to be better than random: {', '.join(wanting)}. {moved}"

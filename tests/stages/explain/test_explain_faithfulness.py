@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy
+import pandas
 import pytest
 from scipy import stats
 
@@ -19,6 +20,7 @@ from stages.explain.faithfulness import (
     try_orders,
 )
 from stages.explain.reader import Reader, read_together
+from stages.report.sections.explanations import SHADED, found_wanting
 
 
 def test_measures_of_curves_solved_by_hand() -> None:
@@ -76,6 +78,9 @@ def test_good_attributions_beat_random_and_shuffled_ones_do_not(
     assert [row["better"] for row in rows if row["method"] == "good"] == [True] * len(BETTER)
     assert not any(row["better"] for row in rows if row["method"] == "shuffled")
     assert all(row["high"] < 0.0 for row in rows if row["method"] == "reversed")
+    for name, alarms in (("good", 0), ("shuffled", len(BETTER))):
+        shown = against_random({SHADED: trials[name]}, controls, params.confidence)
+        assert len(found_wanting(pandas.DataFrame(shown).assign(model="compressed"))) == alarms
     curves = mean_curves(trials, controls)
     assert set(curves["method"]) == {"good", "shuffled", "reversed", "random"}
     whole = curves[curves["share"] == 0.0]["deletion"]
