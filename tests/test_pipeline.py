@@ -25,6 +25,7 @@ STAGES = [
     *[f"export@{variant}" for variant in VARIANTS],
     "cascade",
     *[f"evaluate@{variant}" for variant in (*VARIANTS, "cascade")],
+    "explain",
     *["deploy_check", "report", "register"],
 ]
 pytestmark = pytest.mark.timeout(1800)

@@ -622,6 +622,47 @@ class EvaluateParams(Section):
     latency: LatencyParams
 
 
+class FaithfulnessParams(Section):
+    """How explanations are held against random ones."""
+
+    shares: Annotated[list[Annotated[float, Field(gt=0.0, lt=1.0)]], Field(min_length=1)]
+    """Of a text's words masked, or alone shown, for comprehensiveness and sufficiency."""
+    points: Annotated[int, Field(ge=2)]
+    """Steps of the deletion and insertion curves."""
+    random_orders: Number
+    """Drawn for every text."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
+
+
+class ExplainParams(Section):
+    """What is explained, and how thoroughly."""
+
+    texts: Annotated[int, Field(ge=2)]
+    """Of the test split; up to half of them texts that the two models answer differently."""
+    chosen: Annotated[int, Field(ge=2)]
+    """Of these, shown on the page and explained by Shapley values and LIME too."""
+    steps: Number
+    """Of integrated gradients, doubled for a text until they add up."""
+    most_steps: Number
+    completeness: Positive
+    """Share of the explained difference that integrated gradients may miss."""
+    shap_rounds: Number
+    """Orders of the words drawn for Shapley values."""
+    lime_samples: Annotated[int, Field(ge=10)]
+    """Variants of a text that LIME fits."""
+    neighbours: Number
+    """Training texts shown beside a text."""
+    neighbour_texts: Number
+    """Training texts searched for them, drawn at random where there are more."""
+    faithfulness: FaithfulnessParams
+
+    @model_validator(mode="after")
+    def _some_step_is_allowed(self) -> Self:
+        if self.most_steps < self.steps:
+            raise ValueError(f"most_steps {self.most_steps} is less than steps {self.steps}")
+        return self
+
+
 class QualityParams(Section):
     """What counts as good enough."""
 
@@ -700,6 +741,7 @@ class Params(Section):
     export: ExportParams
     cascade: CascadeParams
     evaluate: EvaluateParams
+    explain: ExplainParams
     review: ReviewParams
     deploy_check: DeployCheckParams
     tracking: TrackingParams

@@ -24,10 +24,10 @@ _INPUTS = (
     *(f"export@{variant}" for variant in (*CHAIN, "quantize_finetuned")),
     "cascade",
     *(f"evaluate@{variant}" for variant in VARIANTS),
-    *("deploy_check", "review", "history"),
+    *("explain", "deploy_check", "review", "history"),
 )
 # What the page tells more of where the graph has it.
-_OPTIONAL = (*(f"robustness@{variant}" for variant in VARIANTS), "explain")
+_OPTIONAL = tuple(f"robustness@{variant}" for variant in VARIANTS)
 
 _MOST_BYTES = 3_000_000
 

@@ -26,6 +26,7 @@ SECTIONS = (
     "pareto",
     "mistakes",
     "speed",
+    "explanations",
     "cascade",
     "quantization",
     "deployment",
