@@ -40,10 +40,10 @@ _BATCH_SIZE = 32
 def run_prune(run: StageRun) -> dict[str, Any]:
     """Drop layers, slice, cut and recover in rounds; or hand the student through where nothing is to be cut."""
     params, data = run.params.prune, run.inputs["data"]
-    task, pad_id = get_task(run.params.task.kind), load_pad_id(data)
-    model, validation = load_model(run.inputs["model"]), load_examples(data, "validation")
+    task, pad_id, model = get_task(run.params.task.kind), load_pad_id(data), load_model(run.inputs["model"])
     if params.hidden_slicing:
         check_sliceable(model)
+    validation = load_examples(data, "validation")
     calibration = sample(load_examples(data, "train"), params.calibration_texts, run.params.seed)
     before = validation_quality(model, task, validation, pad_id)
     whole, cuts = layer_widths(model), []

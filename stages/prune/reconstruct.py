@@ -50,7 +50,7 @@ class NormalEquations:
             parts: how many inputs each of several layers has, whose mean squares differ; none for one layer.
         """
         inputs = len(self.gram) - 1
-        squares = self.gram.diagonal()[:inputs].split(list(parts) or [inputs])
+        squares = torch.split(self.gram.diagonal()[:inputs], list(parts) or [inputs])
         penalty = torch.zeros(inputs + 1, dtype=torch.float64)
         # Inputs that are always zero would make the matrix singular where there is no ridge to hold them.
         penalty[:inputs] = torch.cat([ridge * part.mean().expand(len(part)) for part in squares]) + 1e-12
@@ -104,7 +104,7 @@ def _sums(layer: nn.Module, flow: Flow) -> tuple[list[tuple[Tensor, Tensor]], li
 def _fit(layer: nn.Module, block: str, flow: Flow, wanted: Sequence[Tensor], ridge: float) -> None:
     """Solve for the projections at the end of a block, so that what goes into the block's norm is as wanted."""
     end: Any = layer.get_submodule(block)
-    projections = [end.dense, end.skip] if isinstance(end, SlicedOutput) else [end.dense]
+    projections: list[Any] = [end.dense, end.skip] if isinstance(end, SlicedOutput) else [end.dense]
     inputs: list[list[Tensor]] = [[] for _ in projections]
     sums: list[Tensor] = []
     handles = [part.register_forward_pre_hook(keep_in(seen)) for part, seen in zip(projections, inputs, strict=True)]
@@ -117,7 +117,7 @@ def _fit(layer: nn.Module, block: str, flow: Flow, wanted: Sequence[Tensor], rid
     for mask, given, aim, *features in zip(flow.masks, sums, wanted, *inputs, strict=True):
         equations.add(torch.cat(features, dim=-1)[mask], (aim - given)[mask])
     weight, bias = equations.solve(ridge, sizes)
-    for part, change in zip(projections, weight.split(sizes, dim=1), strict=True):
+    for part, change in zip(projections, torch.split(weight, sizes, dim=1), strict=True):
         if part.in_features:
             part.weight.add_(change)
     end.dense.bias.add_(bias)

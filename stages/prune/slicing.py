@@ -32,8 +32,7 @@ Three choices of ours cost nothing and keep more:
   covariance.
 - The norm divides by the energy that is left, so what remains keeps its length.
 
-Bases are found in order, each on what really comes out of the sliced blocks before it, as in the paper. Heads read the
-first token only, so in the last layer only the first token's states decide.
+Bases are found in order, each on what really comes out of the sliced blocks before it, as in the paper.
 """
 
 from __future__ import annotations
@@ -148,15 +147,13 @@ def find_bases(model: nn.Module, width: int, rows: Sequence[Sequence[int]], pad_
     handle.remove()
     bases = [principal_basis(norms[0], sums, flow.masks, width)]
     flow.states = [narrowed(norms[0], bases[0], x) for x in sums]
-    layers = list(encoder_layers(model))
-    for index, layer in enumerate(track(layers, "slice hidden states")):
-        masks = [_first_only(mask) for mask in flow.masks] if layer is layers[-1] else flow.masks
+    for index, layer in enumerate(track(list(encoder_layers(model)), "slice hidden states")):
         first, second = norms[2 * index + 1], norms[2 * index + 2]
-        bases.append(principal_basis(first, _inputs(first, layer, flow), masks, width))
+        bases.append(principal_basis(first, _inputs(first, layer, flow), flow.masks, width))
         handle = first.register_forward_hook(_narrowing(bases[-1]))
         sums = _inputs(second, layer, flow)
         handle.remove()
-        bases.append(principal_basis(second, sums, masks, width))
+        bases.append(principal_basis(second, sums, flow.masks, width))
         flow.states = [narrowed(second, bases[-1], x) for x in sums]
     return bases
 
@@ -186,8 +183,8 @@ def principal_basis(norm: nn.LayerNorm, sums: Sequence[Tensor], masks: Sequence[
     return Basis(
         matrix=chosen @ cosines(width),
         center=center,
-        energy=hidden - lost - float(center.square().sum()),
-        kept=1.0 - lost / float(variances.sum()),
+        energy=max(0.0, hidden - lost - float(center.square().sum())),
+        kept=1.0 - lost / float(variances.sum()) if lost else 1.0,
     )
 
 
@@ -249,8 +246,8 @@ def _describe(metrics: dict[str, Any]) -> str:
     speed = "" if speedup is None else f"measured {speedup:.2f} times as fast as the stage's input; "
     more = " (more than before: narrower layers save less than the residuals' matrices cost)" if ratio > 1.0 else ""
     return (
-        f"hidden width {metrics['of']} to {metrics['width']}: {speed}{ratio:.2f} times the multiplications a token"
-        f"{more}; accuracy {metrics['validation']['accuracy']:.4f}"
+        f"hidden width {metrics['of']} to {metrics['width']}: "
+        f"{speed}{ratio:.2f} times the multiplications a token{more}; accuracy {metrics['validation']['accuracy']:.4f}"
     )
 
 
@@ -270,15 +267,9 @@ def _narrowing(basis: Basis) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tens
     return hook
 
 
-def _first_only(mask: Tensor) -> Tensor:
-    first = torch.zeros_like(mask)
-    first[:, 0] = True
-    return first
-
-
 def _fill_norm(model: nn.Module, site: Site, basis: Basis, like: Tensor) -> None:
     width = basis.matrix.shape[1]
-    _put(model, f"{site.norm}.weight", torch.full((width,), math.sqrt(basis.energy / width)), like)
+    _put(model, f"{site.norm}.weight", torch.full((width,), math.sqrt(basis.energy / width), dtype=torch.float64), like)
     _put(model, f"{site.norm}.bias", torch.zeros(width), like)
 
 
