@@ -112,6 +112,7 @@ def open_bare(folder: Path, name: str, goal: Goal) -> Runtime:
         maximum_length=0,
         inputs=INPUTS,
         quantized=False,
+        weight_bits=None,
         parameters=0,
         tokenizer=Tokenizer(WordLevel({}, unk_token="")),
         pad_id=0,

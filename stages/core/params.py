@@ -527,9 +527,9 @@ class QuantizeParams(Section):
     gate: GateParams
     embeddings: Literal["int8", "float"]
     """int8 gives every row its scale; of no effect on bf16 and fp16, which hold embeddings as they hold all else."""
-    weight_bits: Literal[7, 8]
+    weight_bits: Literal["auto", 7, 8]
     """Of int8_static, int8_mixed and int8_dynamic. 7 halves the range of weights: right on any CPU. x86 CPUs without
-    VNNI add two products in 16 bits and saturate with 8."""
+    VNNI add two products in 16 bits and saturate with 8. auto takes 7 where the CPU at hand is one of those."""
     float_share: Fraction
     """At most this share of layers may int8_mixed leave in float."""
     calibration_texts: Number

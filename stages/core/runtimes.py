@@ -7,7 +7,6 @@ needs neither PyTorch nor transformers: nothing here imports them.
 from __future__ import annotations
 
 import functools
-import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from stages.core.artifacts import MANIFEST, STATE, read_json, verify
 from stages.core.batches import length_batches, pad, token_batches
 from stages.core.encoding import encode, read_tokenizer
 from stages.core.errors import UserError
-from stages.core.hardware import describe_cpu, int8_saturates, thread_limit, usable_processors
+from stages.core.hardware import saturates_here, thread_limit, usable_processors
 from stages.core.metrics import softmax
 
 Array = numpy.ndarray
@@ -49,6 +48,8 @@ class ExportedModel:
     inputs: tuple[str, str]
     """ONNX input names: token ids, attention mask."""
     quantized: bool
+    weight_bits: int | None
+    """Of the weights of int8 products, 7 or 8; None without such products, or where the export did not tell."""
     parameters: int
     tokenizer: Tokenizer
     pad_id: int
@@ -75,6 +76,7 @@ class ExportedModel:
             maximum_length=description["maximum_length"],
             inputs=(description["inputs"][0], description["inputs"][1]),
             quantized=description["quantized"],
+            weight_bits=description.get("weight_bits"),
             parameters=description["parameters"],
             tokenizer=read_tokenizer(folder, description["maximum_length"]),
             pad_id=description["pad_id"],
@@ -216,8 +218,8 @@ def available_runtimes() -> list[str]:
 
 
 def saturates(model: ExportedModel) -> bool:
-    """Tell whether integer arithmetic would give wrong results for this model on this CPU."""
-    return model.quantized and int8_saturates(platform.machine(), describe_cpu()["features"])
+    """Tell whether integer arithmetic would give wrong results for this model on this CPU; 7-bit weights never do."""
+    return model.quantized and model.weight_bits != 7 and saturates_here()
 
 
 def safe_runtimes(model: ExportedModel) -> list[str]:

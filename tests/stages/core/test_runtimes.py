@@ -69,13 +69,15 @@ def test_streams_and_token_budgets_change_no_answer(model: ExportedModel, name: 
 
 def test_int8_avoids_runtimes_that_saturate(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = replace(model, quantized=True)
-    monkeypatch.setattr("stages.core.runtimes.int8_saturates", lambda *_: True)
+    monkeypatch.setattr("stages.core.runtimes.saturates_here", lambda: True)
     assert "openvino-cpu" not in safe_runtimes(quantized)
     assert "onnxruntime-cpu" in safe_runtimes(quantized)
     safe = predict(quantized, open_runtime("onnxruntime-cpu", quantized), TEXTS, 2)[1]
     assert numpy.abs(safe - predict(model, open_runtime("onnxruntime-cpu", model), TEXTS, 2)[1]).max() < 1e-5
     assert safe_runtimes(model) == available_runtimes()
-    monkeypatch.setattr("stages.core.runtimes.int8_saturates", lambda *_: False)
+    assert safe_runtimes(replace(quantized, weight_bits=8)) == safe_runtimes(quantized)
+    assert safe_runtimes(replace(quantized, weight_bits=7)) == available_runtimes()
+    monkeypatch.setattr("stages.core.runtimes.saturates_here", lambda: False)
     assert safe_runtimes(quantized) == available_runtimes()
 
 
