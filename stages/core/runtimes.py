@@ -31,9 +31,12 @@ ONNX_FILE = "model.onnx"
 HEADROOM_FILE = "headroom.json"
 REFERENCE_RUNTIME = "onnxruntime-cpu"
 """Always installed; what the others are compared with."""
+EXACT_PRECISION = "f32"
+"""Float arithmetic that loses nothing of a float32 model; any other may change answers."""
 
 _PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 _TENSORRT_LARGEST_BATCH = 128
+_OPENVINO_PRECISIONS = {"BF16": "bf16", "FP16": "f16"}
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,21 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """OpenVINO on a CPU, in the arithmetic it thinks best for float models (bfloat16 where the CPU multiplies it)."""
+    """OpenVINO on a CPU.
+
+    Without a `precision` it takes the one it thinks best for float arithmetic: bfloat16 where the CPU multiplies it.
+    """
 
     name = "openvino-cpu"
 
-    def __init__(self, model: ExportedModel, threads: int | None, goal: Goal, streams: int | None = None):
+    def __init__(
+        self,
+        model: ExportedModel,
+        threads: int | None,
+        goal: Goal,
+        streams: int | None = None,
+        precision: str | None = None,
+    ):
         import openvino
 
         settings: dict[str, Any] = {"PERFORMANCE_HINT": goal.upper()}
@@ -165,6 +178,8 @@ class OpenVino:
             settings["NUM_STREAMS"] = streams
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
+        if precision:
+            settings["INFERENCE_PRECISION_HINT"] = precision
         core = openvino_core()
         self._compiled = core.compile_model(core.read_model(model.onnx_path), "CPU", settings)
         self._request = self._compiled.create_infer_request()
@@ -217,6 +232,18 @@ def available_runtimes() -> list[str]:
     return [REFERENCE_RUNTIME, OpenVino.name, *gpu]
 
 
+def precisions(name: str) -> list[str | None]:
+    """Precisions of float arithmetic that a runtime can be told to use here, the exact one first, the fastest last.
+
+    [None] where there is no choice. OpenVINO takes a hint that the CPU cannot follow for another one and says nothing,
+    so it is asked what the CPU has.
+    """
+    if name != OpenVino.name:
+        return [None]
+    able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return [EXACT_PRECISION, *(hint for capability, hint in _OPENVINO_PRECISIONS.items() if capability in able)]
+
+
 def saturates(model: ExportedModel) -> bool:
     """Tell whether integer arithmetic would give wrong results for this model on this CPU; 7-bit weights never do."""
     return model.quantized and model.weight_bits != 7 and saturates_here()
@@ -231,7 +258,12 @@ def safe_runtimes(model: ExportedModel) -> list[str]:
 
 
 def open_runtime(
-    name: str, model: ExportedModel, threads: int | None = None, goal: Goal = "latency", streams: int | None = None
+    name: str,
+    model: ExportedModel,
+    threads: int | None = None,
+    goal: Goal = "latency",
+    streams: int | None = None,
+    precision: str | None = None,
 ) -> Runtime:
     """Load a model into a runtime.
 
@@ -242,19 +274,23 @@ def open_runtime(
         goal: what to tune for, where the runtime can: one text soon, or many.
         streams: inferences side by side; None takes one for latency, one a processor for throughput on ONNX Runtime,
             and leaves it to OpenVINO.
+        precision: of float arithmetic, one of `precisions`; None leaves it to the runtime.
 
     Raises:
-        UserError: if there is no such runtime here, or it cannot start or read the model.
+        UserError: if there is no such runtime or precision here, or it cannot start or read the model.
     """
     available = available_runtimes()
     if name not in available:
         hint = "; `make gpu` installs the CUDA and TensorRT providers" if name in _PROVIDERS else ""
         raise UserError(f"{name}: no such runtime here; one of {', '.join(available)}{hint}")
+    if precision is not None and precision not in precisions(name):
+        choices = ", ".join(choice or "its own" for choice in precisions(name))
+        raise UserError(f"{name}: cannot compute in {precision} here; {choices}")
     threads = threads or thread_limit()
     if name == REFERENCE_RUNTIME and goal == "throughput" and streams is None:
         streams, threads = thread_limit() or len(usable_processors()), 1
     open_it: Callable[[], Runtime] = (
-        (lambda: OpenVino(model, threads, goal, streams))
+        (lambda: OpenVino(model, threads, goal, streams, precision))
         if name == OpenVino.name
         else (lambda: OnnxRuntime(name, model, threads, streams or 1))
     )

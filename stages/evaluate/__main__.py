@@ -20,7 +20,7 @@ from stages.core.cascade import (
     share_passed_on,
 )
 from stages.core.checkpoints import load_model
-from stages.core.choice import RUNTIME_FILE, Setting, write_choice
+from stages.core.choice import RUNTIME_FILE, Setting, open_setting, write_choice
 from stages.core.encoding import read_tokenizer
 from stages.core.errors import UserError
 from stages.core.examples import Examples, load_examples, load_labels, load_pad_id
@@ -65,9 +65,14 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     run.say("speed beside both baselines")
     lengths = (None, naive)
     services = {name: PyTorchService(network, whole, length) for name, length in zip(BASELINES, lengths, strict=True)}
-    speed = _measure_speed(run, Contest(model, runtimes, services, test.texts, params.latency, run.params.seed))
+    # Half of what quality may be lost is left to compression: no more labels than that may a precision change.
+    least = 1.0 - run.params.quality.floor / 2
+    speed = _measure_speed(
+        run, Contest(model, runtimes, services, test.texts, predictions, least, params.latency, run.params.seed)
+    )
     for name in runtimes[1:]:
-        others = predict_exported(model, open_exported(name, model), test.texts, _BATCH_SIZE)[0]
+        chosen = open_setting(Setting(**speed["runtimes"][name]["throughput_setting"]), model, "throughput")
+        others = predict_exported(model, chosen, test.texts, _BATCH_SIZE)[0]
         speed["runtimes"][name]["agreement"] = float(numpy.mean(others == predictions))
     return {
         "variant": run.name.partition("@")[2],

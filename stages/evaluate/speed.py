@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from stages.core.cascade import Exported, ExportedRuntime, predict_exported
+import numpy
+
+from stages.core.cascade import Exported, ExportedRuntime, open_exported, predict_exported
 from stages.core.choice import Setting, open_setting
 from stages.core.hardware import thread_limit, usable_processors
+from stages.core.metrics import Array
 from stages.core.params import LatencyParams
-from stages.core.runtimes import REFERENCE_RUNTIME, Goal, OpenVino
+from stages.core.runtimes import EXACT_PRECISION, REFERENCE_RUNTIME, Goal, OpenVino, precisions
 from stages.core.timing import (
     durations,
     interleave,
@@ -30,6 +33,7 @@ BASELINES = ("fair", "naive")
 _CPU_RUNTIMES = (REFERENCE_RUNTIME, OpenVino.name)
 _SHORT_TEXTS = 256  # enough to rank batch sizes, which differ by more than the noise of so many
 _SINGLE_TRIALS = 24
+_BATCH_SIZE = 32
 _NAIVE_SINGLES_A_ROUND = 4
 
 
@@ -44,6 +48,10 @@ class Contest:
     """The baselines, `fair` and `naive`."""
     texts: Sequence[str]
     """Real texts, from which samples are drawn."""
+    expected: Array
+    """Labels that the reference runtime gives them, [texts]."""
+    least_agreement: float
+    """Share of these labels that a precision which loses something must keep to be chosen."""
     params: LatencyParams
     seed: int
 
@@ -63,6 +71,8 @@ class Sweep:
     best_size: int
     speeds: dict[int, float]
     """Texts a second at each batch size."""
+    agreement: dict[str, float]
+    """Share of labels kept by each precision that loses something, whether it may be chosen or not."""
 
 
 def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]]:
@@ -72,7 +82,7 @@ def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]
         `runtimes`, `best`, `baselines` and `speedup` of the stage's metrics, without memory; and the settings that
         won, for latency and for throughput.
     """
-    swept = {name: _sweep(contest, name) for name in contest.runtimes}
+    swept = {name: sweep_runtime(contest, name) for name in contest.runtimes}
     throughput = _throughput(contest, {name: sweep.throughput for name, sweep in swept.items()})
     latency = _latency(contest, {name: sweep.latency for name, sweep in swept.items()})
     fastest = max(swept, key=lambda name: statistics.median(throughput[name]))
@@ -85,6 +95,7 @@ def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]
             "best_texts_per_second": statistics.median(throughput[name]),
             "latency_setting": asdict(sweep.latency),
             "throughput_setting": asdict(sweep.throughput),
+            "precision_agreement": sweep.agreement,
         }
         for name, sweep in swept.items()
     }
@@ -109,30 +120,60 @@ def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]
     return metrics, {"latency": swept[soonest].latency, "throughput": swept[fastest].throughput}
 
 
-def _sweep(contest: Contest, name: str) -> Sweep:
-    """Try batch sizes, then ways to share the processors, each once on a short sample after a run to warm up.
+def sweep_runtime(contest: Contest, name: str) -> Sweep:
+    """Try batch sizes, ways to share the processors, and precisions, each once on a short sample after a warm-up.
 
-    A batch size stands for as many tokens as so many texts of average length have.
+    A batch size stands for as many tokens as so many texts of average length have. Batch sizes and ways are tried in
+    the lowest precision that keeps the answers, the likeliest to win.
     """
     texts = contest.sample(min(_SHORT_TEXTS, contest.params.throughput_texts))
     mean_length = statistics.fmean(len(row) for row in contest.model.encode(texts))
     several, *others = _ways(name, "throughput")
+    agreement = _agreement(contest, name)
+    *exacter, lowest = kept_precisions(precisions(name), agreement, contest.least_agreement)
     settings = {
-        size: Setting(name, *several, batch_tokens=round(size * mean_length)) for size in contest.params.batch_sizes
+        size: Setting(name, *several, lowest, batch_tokens=round(size * mean_length))
+        for size in contest.params.batch_sizes
     }
     speeds = {size: _speed(contest, setting, texts) for size, setting in settings.items()}
     best = max(speeds, key=lambda size: speeds[size])
     tried = {settings[best]: speeds[best]}
     for way in others:
-        setting = Setting(name, *way, batch_tokens=settings[best].batch_tokens)
+        setting = Setting(name, *way, lowest, batch_tokens=settings[best].batch_tokens)
         tried[setting] = _speed(contest, setting, texts)
-    singles = [Setting(name, *way, batch_tokens=settings[best].batch_tokens) for way in _ways(name, "latency")]
+    for precision in exacter:
+        setting = replace(max(tried, key=lambda setting: tried[setting]), precision=precision)
+        tried[setting] = _speed(contest, setting, texts)
+    singles = [
+        Setting(name, *way, precision, batch_tokens=settings[best].batch_tokens)
+        for way in _ways(name, "latency")
+        for precision in (lowest, *exacter)
+    ]
     return Sweep(
         latency=min(singles, key=lambda setting: _trial_latency(contest, setting)) if len(singles) > 1 else singles[0],
         throughput=max(tried, key=lambda setting: tried[setting]),
         best_size=best,
         speeds=speeds,
+        agreement=agreement,
     )
+
+
+def kept_precisions(
+    offered: Sequence[str | None], agreement: Mapping[str, float], least_agreement: float
+) -> list[str | None]:
+    """Those of the precisions offered that lose nothing, or keep at least so large a share of the labels."""
+    return [precision for precision in offered if precision is None or agreement.get(precision, 1.0) >= least_agreement]
+
+
+def _agreement(contest: Contest, name: str) -> dict[str, float]:
+    """Share of the labels that each precision of a runtime keeps, of those that lose something."""
+    found = {}
+    for precision in precisions(name):
+        if precision not in (None, EXACT_PRECISION):
+            runtime = open_exported(name, contest.model, goal="throughput", precision=precision)
+            labels = predict_exported(contest.model, runtime, contest.texts, _BATCH_SIZE)[0]
+            found[str(precision)] = float(numpy.mean(labels == contest.expected))
+    return found
 
 
 def _ways(name: str, goal: Goal) -> list[tuple[int | None, int | None]]:

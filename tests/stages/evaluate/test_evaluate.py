@@ -25,6 +25,7 @@ from stages.evaluate.__main__ import run_evaluate
 from stages.evaluate.baselines import PyTorchService, naive_length
 from stages.evaluate.memory import serving_memory_mb
 from stages.evaluate.quality import compare
+from stages.evaluate.speed import Contest, Sweep, kept_precisions, sweep_runtime
 
 PROJECT = Path(__file__).parents[3]
 BATCH_SIZES = [4, 16]
@@ -125,6 +126,25 @@ def test_the_choice_is_that_of_the_metrics(evaluated: Evaluated) -> None:
         assert problem is None
         assert setting == Setting(**metrics["runtimes"][name][f"{goal}_setting"])
         assert setting.runtime == name
+
+
+def test_precisions_are_kept_by_the_share_of_labels_that_they_keep() -> None:
+    assert kept_precisions(["f32", "bf16", "f16"], {"bf16": 0.994, "f16": 0.995}, 0.995) == ["f32", "f16"]
+    assert kept_precisions([None], {}, 1.0) == [None]
+
+
+def test_a_precision_that_changes_labels_is_never_chosen(model: ExportedModel, tiny_data: Path) -> None:
+    texts = pandas.read_parquet(tiny_data / "test.parquet")["text"].tolist()
+    labels = predict(model, open_runtime("onnxruntime-cpu", model), texts, 32)[0]
+    latency = small_params(single_texts=4, throughput_texts=4).evaluate.latency
+
+    def sweep(expected: numpy.ndarray) -> Sweep:
+        return sweep_runtime(Contest(model, [], {}, texts, expected, 0.995, latency, 0), "openvino-cpu")
+
+    wrong = sweep((labels + 1) % 3)
+    assert (wrong.throughput.precision, wrong.latency.precision) == ("f32", "f32")
+    assert set(wrong.agreement.values()) <= {0.0}
+    assert all(share > 0.9 for share in sweep(labels).agreement.values())
 
 
 def test_runtimes_that_saturate_are_left_out(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
