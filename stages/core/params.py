@@ -593,6 +593,15 @@ class LatencyParams(Section):
     """Length to which the naive baseline pads."""
     naive_texts: Number
     """Texts per round for the naive baseline, which is slow."""
+    torch: list[Literal["eager", "compiled"]]
+    """Ways to run the exported model in PyTorch that are tried beside ONNX Runtime and OpenVINO. Compiling takes half a
+    minute or more for each model."""
+
+    @model_validator(mode="after")
+    def _each_way_once(self) -> Self:
+        if len(set(self.torch)) < len(self.torch):
+            raise ValueError("torch must name each way once")
+        return self
 
 
 class EvaluateParams(Section):

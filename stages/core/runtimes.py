@@ -1,13 +1,14 @@
 """The exported ONNX model and the runtimes that execute it.
 
 The file is the artifact; which runtime is fastest is found by measuring on the machine at hand. A serving process
-needs neither PyTorch nor transformers: nothing here imports them.
+needs neither PyTorch nor transformers: nothing here imports them, unless PyTorch is the runtime asked for.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from stages.core.artifacts import MANIFEST, STATE, read_json, verify
 from stages.core.batches import length_batches, pad, token_batches
 from stages.core.encoding import encode, read_tokenizer
 from stages.core.errors import UserError
-from stages.core.hardware import saturates_here, thread_limit, usable_processors
+from stages.core.hardware import describe_cpu, saturates_here, thread_limit, usable_processors
 from stages.core.metrics import softmax
 
 Array = numpy.ndarray
@@ -31,11 +32,14 @@ ONNX_FILE = "model.onnx"
 HEADROOM_FILE = "headroom.json"
 REFERENCE_RUNTIME = "onnxruntime-cpu"
 """Always installed; what the others are compared with."""
+EAGER, COMPILED = "torch-eager", "torch-compiled"
+"""PyTorch, on the same file."""
 EXACT_PRECISION = "f32"
 """Float arithmetic that loses nothing of a float32 model; any other may change answers."""
 
 _PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 _TENSORRT_LARGEST_BATCH = 128
+_BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 _OPENVINO_PRECISIONS = {"BF16": "bf16", "FP16": "f16"}
 
 
@@ -225,11 +229,16 @@ def openvino_core() -> Any:
 
 def available_runtimes() -> list[str]:
     """Names of the runtimes that the installed packages offer."""
+    pytorch = [EAGER, COMPILED] if importlib.util.find_spec("torch") else []
+    return [REFERENCE_RUNTIME, OpenVino.name, *gpu_runtimes(), *pytorch]
+
+
+def gpu_runtimes() -> list[str]:
+    """Names of those that compute on a GPU."""
     import onnxruntime
 
     providers = onnxruntime.get_available_providers()
-    gpu = [name for name, provider in _PROVIDERS.items() if provider in providers]
-    return [REFERENCE_RUNTIME, OpenVino.name, *gpu]
+    return [name for name, provider in _PROVIDERS.items() if provider in providers]
 
 
 def precisions(name: str) -> list[str | None]:
@@ -238,6 +247,9 @@ def precisions(name: str) -> list[str | None]:
     [None] where there is no choice. OpenVINO takes a hint that the CPU cannot follow for another one and says nothing,
     so it is asked what the CPU has.
     """
+    if name in (EAGER, COMPILED):
+        fast = _BFLOAT16_FEATURES & set(describe_cpu()["features"])
+        return [EXACT_PRECISION, "bf16"] if fast else [EXACT_PRECISION]
     if name != OpenVino.name:
         return [None]
     able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -252,7 +264,8 @@ def saturates(model: ExportedModel) -> bool:
 def safe_runtimes(model: ExportedModel) -> list[str]:
     """Those of `available_runtimes` that compute the model right on this CPU.
 
-    ONNX Runtime computes int8 products in float where they would saturate; OpenVINO has no such setting.
+    ONNX Runtime computes int8 products in float where they would saturate, and PyTorch always; OpenVINO has no such
+    setting.
     """
     return [name for name in available_runtimes() if name != OpenVino.name or not saturates(model)]
 
@@ -289,15 +302,22 @@ def open_runtime(
     threads = threads or thread_limit()
     if name == REFERENCE_RUNTIME and goal == "throughput" and streams is None:
         streams, threads = thread_limit() or len(usable_processors()), 1
-    open_it: Callable[[], Runtime] = (
-        (lambda: OpenVino(model, threads, goal, streams, precision))
-        if name == OpenVino.name
-        else (lambda: OnnxRuntime(name, model, threads, streams or 1))
-    )
     try:
-        return open_it()
+        return _open(name, model, threads, goal, streams, precision)
     except _load_errors() as error:
         raise UserError(f"{model.onnx_path}: {name} cannot load it: {' '.join(str(error).split())[:300]}") from None
+
+
+def _open(
+    name: str, model: ExportedModel, threads: int | None, goal: Goal, streams: int | None, precision: str | None
+) -> Runtime:
+    if name == OpenVino.name:
+        return OpenVino(model, threads, goal, streams, precision)
+    if name in (EAGER, COMPILED):
+        from stages.core.torch_runtime import TorchRuntime
+
+        return TorchRuntime(name, model, threads, goal, precision)
+    return OnnxRuntime(name, model, threads, streams or 1)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ threads, how many inferences side by side, the precision of its float arithmetic
 `headroom predict` goes by it. A precision that loses something, such as bfloat16, is chosen only if the share of
 labels that it changes is within half of the quality floor.
 
+PyTorch runs the same ONNX file, translated (`stages.core.torch_graph`), eagerly or compiled as params ask. Mostly it
+cannot win, so that a short trial decides whether it takes part; `left_out` says how far it was behind.
+
 Speed. Everything is timed from strings to predicted labels, tokenization included, with the same tokenizer for all.
 Two baselines, always both, are the fine-tuned model in PyTorch float32: the *fair* one pads to the longest text in
 the batch, the *naive* one pads everything to one length, as tutorials do. Each batch size (in texts of average length,
