@@ -23,7 +23,7 @@ from torch.nn import functional
 from stages.core.errors import UserError
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-_INTEGERS = {
+_INTEGERS: Mapping[int, torch.dtype] = {
     onnx.TensorProto.INT64: torch.int64,
     onnx.TensorProto.INT32: torch.int32,
     onnx.TensorProto.BOOL: torch.bool,
@@ -173,7 +173,7 @@ def _gather(data: Any, indices: Any, axis: int = 0) -> Any:
     if axis == 0 and data.dim() == 2:
         return functional.embedding(places, data)
     picked = data.index_select(axis, places.flatten())
-    return picked.unflatten(axis, places.shape)
+    return picked.reshape(data.shape[:axis] + places.shape + data.shape[axis + 1 :])
 
 
 def _range(start: Any, limit: Any, delta: Any) -> Tensor:
