@@ -69,6 +69,7 @@ def _run(arguments: argparse.Namespace) -> None:
     started, spent = time.monotonic(), _contenders_seconds()
     with watch_other_load() as load:
         measured = measure(plan, contenders)
+    minutes = (time.monotonic() - started) / 60
     share = (_contenders_seconds() - spent) / ((time.monotonic() - started) * len(usable_processors()))
     if "error" in measured[REFERENCE]:
         raise UserError(f"{REFERENCE}: {measured[REFERENCE]['error']}; without it there is nothing to compare with")
@@ -86,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "texts": min(plan.texts, len(test)),
         "test_texts": len(test),
         "tokens": mean_tokens(plan),
+        "minutes": minutes,
         "other_load": max(0.0, load.share - share),
         "threads": thread_settings(),
         "hardware": describe_hardware(),
