@@ -16,12 +16,14 @@ from typing import Any
 
 from benchmarks.ceilings import measure_ceilings, operations_per_text
 from benchmarks.contenders import PEERS, REFERENCE, Contender, choose, headroom_contenders
+from benchmarks.headroom import chosen
 from benchmarks.measure import Plan, mean_tokens, measure, read_results
 from benchmarks.page import render_page, render_section
 from benchmarks.picture import draw
 from benchmarks.summary import Row, fastest, make_rows, victories
 from benchmarks.workers import thread_settings
 from stages.core.artifacts import ARTIFACTS, write_json
+from stages.core.choice import Setting
 from stages.core.errors import UserError
 from stages.core.examples import load_examples
 from stages.core.hardware import describe_hardware, package_versions, usable_processors
@@ -67,6 +69,7 @@ def _run(arguments: argparse.Namespace) -> None:
     started, spent = time.monotonic(), _contenders_seconds()
     with watch_other_load() as load:
         measured = measure(plan, contenders)
+    minutes = (time.monotonic() - started) / 60
     share = (_contenders_seconds() - spent) / ((time.monotonic() - started) * len(usable_processors()))
     if "error" in measured[REFERENCE]:
         raise UserError(f"{REFERENCE}: {measured[REFERENCE]['error']}; without it there is nothing to compare with")
@@ -84,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "texts": min(plan.texts, len(test)),
         "test_texts": len(test),
         "tokens": mean_tokens(plan),
+        "minutes": minutes,
         "other_load": max(0.0, load.share - share),
         "threads": thread_settings(),
         "hardware": describe_hardware(),
@@ -171,7 +175,8 @@ def _used(
         return None
     contender = next(each for each in contenders if each.name == winner.name)
     model = ExportedModel.load(plan.artifacts / contender.variant)
-    runtime = open_runtime(measured[winner.name]["runtime"]["throughput"], model, goal="throughput")
+    setting = Setting(**chosen(plan.artifacts, contender.variant)["throughput"])
+    runtime = open_runtime(setting.runtime, model, goal="throughput", precision=setting.precision)
     precision = "int8" if model.quantized else {"bf16": "bf16", "f32": "fp32"}.get(runtime.precision, "fp32")
     operations = operations_per_text(model.onnx_path, result["tokens"])
     rate = operations * winner.texts_per_second

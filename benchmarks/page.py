@@ -50,8 +50,8 @@ def render_section(rows: Sequence[Row], wins: Sequence[Victory], reference: Row,
         rows: of the table.
         wins: of Headroom's best over the rest.
         reference: the row that speeds are divided by.
-        facts: `command`, `date`, `metric`, `floor`, `rounds`, `texts`, `test_texts`, `other_load`, `hardware`,
-            `versions` by peer, `threads`, `ceilings`, `used`.
+        facts: `command`, `date`, `metric`, `floor`, `rounds`, `texts`, `test_texts`, `minutes`, `other_load`,
+            `hardware`, `versions` by peer, `threads`, `ceilings`, `used`.
     """
     parts = [
         _conditions(facts),
@@ -96,13 +96,15 @@ def _conditions(facts: Mapping[str, Any]) -> str:
         for peer, packages in facts["versions"].items()
     )
     threads = ", ".join(f"{name}={value}" for name, value in facts["threads"].items())
+    # Results that an earlier version kept do not tell how long they took.
+    took = f"All of it took {facts['minutes']:.0f} minutes. " if "minutes" in facts else ""
     lines = [
         f"`{facts['command']}`, {facts['date']}, on {cpu['model']}, {cpu['logical_cores']} processors "
         f"({', '.join(cpu['features'])}), {facts['hardware']['memory_gib']} GiB, "
         f"{facts['hardware']['system']['os']}, Python {facts['hardware']['system']['python']}. "
         f"{facts['rounds']} rounds of {facts['texts']:,} texts, {facts['test_texts']:,} texts in the test split, "
         f"{facts['tokens']:.1f} tokens a text.",
-        f"Other processes used {100 * facts['other_load']:.0f} % of the processors meanwhile."
+        f"{took}Other processes used {100 * facts['other_load']:.0f} % of the processors meanwhile."
         + (f" Set for all: {threads}." if threads else ""),
         f"Versions: {versions}.",
     ]

@@ -106,10 +106,15 @@ def models_of(model: Exported) -> tuple[ExportedModel, ...]:
 
 
 def open_exported(
-    name: str, model: Exported, threads: int | None = None, goal: Goal = "latency", streams: int | None = None
+    name: str,
+    model: Exported,
+    threads: int | None = None,
+    goal: Goal = "latency",
+    streams: int | None = None,
+    precision: str | None = None,
 ) -> ExportedRuntime:
     """Load a model, or both of a cascade, into a runtime; see `open_runtime`."""
-    opened = [open_runtime(name, part, threads, goal, streams) for part in models_of(model)]
+    opened = [open_runtime(name, part, threads, goal, streams, precision) for part in models_of(model)]
     return CascadeRuntime(*opened) if isinstance(model, CascadeModel) else opened[0]
 
 

@@ -19,7 +19,7 @@ from stages.core.hardware import describe_hardware
 from stages.core.runtimes import REFERENCE_RUNTIME, Goal, available_runtimes
 
 RUNTIME_FILE = "runtime.json"
-FORMAT = 1
+FORMAT = 2
 _BATCH_TOKENS = 512
 _GOALS: tuple[Goal, ...] = ("latency", "throughput")
 
@@ -34,17 +34,19 @@ class Setting:
     """Of one inference; None leaves it to the runtime."""
     streams: int | None
     """Inferences side by side; None leaves it to the runtime."""
+    precision: str | None
+    """Of float arithmetic, one of the runtime's `precisions`; None leaves it to the runtime."""
     batch_tokens: int
     """Tokens in a batch at most, padding included."""
 
 
-DEFAULT = Setting(REFERENCE_RUNTIME, None, None, _BATCH_TOKENS)
+DEFAULT = Setting(REFERENCE_RUNTIME, None, None, None, _BATCH_TOKENS)
 """Where nothing was measured."""
 
 
 def open_setting(setting: Setting, model: Exported, goal: Goal) -> ExportedRuntime:
     """Load a model, or both of a cascade, as a setting says."""
-    return open_exported(setting.runtime, model, setting.threads, goal, setting.streams)
+    return open_exported(setting.runtime, model, setting.threads, goal, setting.streams, setting.precision)
 
 
 def write_choice(path: Path, settings: Mapping[Goal, Setting], measured: Mapping[str, Any]) -> None:

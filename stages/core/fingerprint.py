@@ -1,10 +1,11 @@
 """`python -m stages.core.fingerprint --out FOLDER`: what lies outside the project and still decides results.
 
-Writes `hardware.json` (machine and package versions, an input of the stages that measure), `sources.json` (sums of
-the user's own files, an input of acquire), `corrections.json` (sum of what reviewers corrected, an input of clean) and
-`checkpoints.json` (sums of the user's own checkpoints that teach or become students, an input of the stages that
-distill). It runs on every `dvc repro`, so it starts fast and imports no framework; as the first stage it is also the
-one that reports mistakes in `params.yaml`. Files that would not change are not touched.
+Writes `hardware.json` (machine and package versions, an input of the stages that measure), `arithmetic.json` (whether
+the CPU saturates int8 products, an input of the stages that quantize), `sources.json` (sums of the user's own files, an
+input of acquire), `corrections.json` (sum of what reviewers corrected, an input of clean) and `checkpoints.json` (sums
+of the user's own checkpoints that teach or become students, an input of the stages that distill). It runs on every
+`dvc repro`, so it starts fast and imports no framework; as the first stage it is also the one that reports mistakes in
+`params.yaml`. Files that would not change are not touched.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any
 
 from stages.core.artifacts import STATE, file_sha256, read_json, write_json
 from stages.core.errors import UserError
-from stages.core.hardware import describe_hardware
+from stages.core.hardware import describe_hardware, saturates_here
 from stages.core.observe.progress import say
 from stages.core.params import LocalSource, Params, Section, load_params
 
 HARDWARE = "hardware.json"
+ARITHMETIC = "arithmetic.json"
 SOURCES = "sources.json"
 CORRECTIONS = "corrections.json"
 CHECKPOINTS = "checkpoints.json"
@@ -85,6 +87,7 @@ def write_fingerprint(params: Params, out: Path) -> None:
     """
     try:
         _write_if_new(out / HARDWARE, describe_hardware())
+        _write_if_new(out / ARITHMETIC, {"int8_saturates": saturates_here()})
         with _known_sums() as sums:
             sources = {name: source.path for name, source in local_sources(params)}
             _write_if_new(out / SOURCES, describe_files(sources, sums))

@@ -98,6 +98,11 @@ def int8_saturates(machine: str, features: Sequence[str]) -> bool:
     return machine in ("x86_64", "AMD64") and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(features)
 
 
+def saturates_here() -> bool:
+    """Tell whether products of int8 with uint8 saturate on the CPU at hand; see `int8_saturates`."""
+    return int8_saturates(platform.machine(), describe_cpu()["features"])
+
+
 def usable_processors() -> list[int]:
     """Numbers of the logical processors this process may run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -30,13 +30,23 @@ _BATCHES = 8
 
 
 @dataclass(frozen=True)
+class Deployment:
+    """The form in which models are deployed, and so timed."""
+
+    quantized: bool
+    """Linear layers in int8."""
+    int8_embeddings: bool
+    opset: int
+    """Of the exported file."""
+
+
+@dataclass(frozen=True)
 class LatencyTable:
     """Seconds a text on one runtime, by part and width."""
 
     runtime: str
     """Name of the deployment runtime."""
-    quantized: bool
-    """Whether linear layers were timed in int8, as they will be deployed, or in float."""
+    deployment: Deployment
     rest: float
     """Everything outside the encoder layers: embeddings, pooler, head, the call itself."""
     shell: float
@@ -82,7 +92,7 @@ def read_table(folder: Path) -> LatencyTable | None:
     if entry is None:
         return None
     by_width = {name: {int(width): time for width, time in entry[name].items()} for name in ("heads", "neurons")}
-    return LatencyTable(**{**entry, **by_width})
+    return LatencyTable(**{**entry, **by_width, "deployment": Deployment(**entry["deployment"])})
 
 
 def workload(examples: Examples, goal: Goal, pad_id: int, seed: int) -> list[Batch]:
@@ -112,6 +122,7 @@ def open_bare(folder: Path, name: str, goal: Goal) -> Runtime:
         maximum_length=0,
         inputs=INPUTS,
         quantized=False,
+        weight_bits=None,
         parameters=0,
         tokenizer=Tokenizer(WordLevel({}, unk_token="")),
         pad_id=0,

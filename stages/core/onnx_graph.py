@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from stages.core.errors import UserError
 from stages.core.lean import LeanClassifier, fits
-from stages.core.quantized import GroupedLinear, Int8Weights
+from stages.core.quantized import GroupedLinear, Int8Weights, weight_bits
+
+WEIGHT_BITS_PROPERTY = "headroom.weight_bits"
+"""In the metadata of the ONNX file, where it has int8 products: bits of their weights."""
 
 _SAMPLE_TEXTS, _SAMPLE_LENGTH = 2, 7
 _FIRST_OPSET_WITH_GROUPS = 21
@@ -75,6 +78,9 @@ def export_onnx(model: nn.Module, path: Path, inputs: Sequence[str], output: str
             verbose=False,
         )
     _strip_traces(program.model)
+    bits = weight_bits(form)
+    if bits is not None:
+        program.model.metadata_props[WEIGHT_BITS_PROPERTY] = str(bits)
     proto: onnx.ModelProto = program.model_proto
     _give_groups_their_type(proto, form)
     _store_in_steps(proto, form)

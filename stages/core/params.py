@@ -545,9 +545,9 @@ class QuantizeParams(Section):
     gate: GateParams
     embeddings: Literal["int8", "float"]
     """int8 gives every row its scale; of no effect on bf16 and fp16, which hold embeddings as they hold all else."""
-    weight_bits: Literal[7, 8]
-    """Of the recipes that multiply in int8. 7 halves the range of weights: right on any CPU. x86 CPUs without VNNI add
-    two products in 16 bits and saturate with 8."""
+    weight_bits: Literal["auto", 7, 8]
+    """Of the recipes that multiply in int8. 7 halves the range of weights: right on any CPU. x86 CPUs without
+    VNNI add two products in 16 bits and saturate with 8. auto takes 7 where the CPU at hand is one of those."""
     float_share: Fraction
     """At most this share of layers may int8_mixed leave in float."""
     calibration_texts: Number
@@ -611,6 +611,15 @@ class LatencyParams(Section):
     """Length to which the naive baseline pads."""
     naive_texts: Number
     """Texts per round for the naive baseline, which is slow."""
+    torch: list[Literal["eager", "compiled"]]
+    """Ways to run the exported model in PyTorch that are tried beside ONNX Runtime and OpenVINO. Compiling takes half a
+    minute or more for each model."""
+
+    @model_validator(mode="after")
+    def _each_way_once(self) -> Self:
+        if len(set(self.torch)) < len(self.torch):
+            raise ValueError("torch must name each way once")
+        return self
 
 
 class EvaluateParams(Section):

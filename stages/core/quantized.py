@@ -30,6 +30,8 @@ from torch.nn import functional
 from stages.core.errors import UserError
 
 WEIGHT_LIMIT = 127
+SEVEN_BIT_LIMIT = 63
+"""Two products of such weights with 8-bit activations, 2 * 255 * 63 = 32,130, fit into 16 bits; of 127 they do not."""
 ACTIVATION_LEVELS = 255
 LARGEST_MULTIPLE = 7
 _NIBBLE = 15
@@ -365,6 +367,17 @@ def quantized_parts(model: nn.Module) -> dict[str, _Part]:
 def is_quantized(model: nn.Module) -> bool:
     """Tell whether integers take part, so that runtimes may differ by a rounding step; 16-bit floats do not count."""
     return any(not isinstance(part, _HALF_PARTS) for part in quantized_parts(model).values())
+
+
+def weight_bits(model: nn.Module) -> int | None:
+    """Bits that the weights of the int8 products need, 7 or 8, told by the weights themselves; None without products.
+
+    7 are right on every CPU; with 8, x86 CPUs without VNNI saturate.
+    """
+    largest = [int(part.weight.abs().amax()) for part in model.modules() if isinstance(part, QuantizedLinear)]
+    if not largest:
+        return None
+    return 7 if max(largest) <= SEVEN_BIT_LIMIT else 8
 
 
 def describe_quantized(model: nn.Module) -> dict[str, dict[str, Any]]:

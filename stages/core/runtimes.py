@@ -1,14 +1,14 @@
 """The exported ONNX model and the runtimes that execute it.
 
 The file is the artifact; which runtime is fastest is found by measuring on the machine at hand. A serving process
-needs neither PyTorch nor transformers: nothing here imports them.
+needs neither PyTorch nor transformers: nothing here imports them, unless PyTorch is the runtime asked for.
 """
 
 from __future__ import annotations
 
 import functools
-import platform
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from stages.core.artifacts import MANIFEST, STATE, read_json, verify
 from stages.core.batches import length_batches, pad, token_batches
 from stages.core.encoding import encode, read_tokenizer
 from stages.core.errors import UserError
-from stages.core.hardware import describe_cpu, int8_saturates, thread_limit, usable_processors
+from stages.core.hardware import describe_cpu, saturates_here, thread_limit, usable_processors
 from stages.core.metrics import softmax
 
 Array = numpy.ndarray
@@ -32,9 +32,15 @@ ONNX_FILE = "model.onnx"
 HEADROOM_FILE = "headroom.json"
 REFERENCE_RUNTIME = "onnxruntime-cpu"
 """Always installed; what the others are compared with."""
+EAGER, COMPILED = "torch-eager", "torch-compiled"
+"""PyTorch, on the same file."""
+EXACT_PRECISION = "f32"
+"""Float arithmetic that loses nothing of a float32 model; any other may change answers."""
 
 _PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 _TENSORRT_LARGEST_BATCH = 128
+_BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
+_OPENVINO_PRECISIONS = {"BF16": "bf16", "FP16": "f16"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class ExportedModel:
     inputs: tuple[str, str]
     """ONNX input names: token ids, attention mask."""
     quantized: bool
+    weight_bits: int | None
+    """Of the weights of int8 products, 7 or 8; None without such products, or where the export did not tell."""
     parameters: int
     tokenizer: Tokenizer
     pad_id: int
@@ -75,6 +83,7 @@ class ExportedModel:
             maximum_length=description["maximum_length"],
             inputs=(description["inputs"][0], description["inputs"][1]),
             quantized=description["quantized"],
+            weight_bits=description.get("weight_bits"),
             parameters=description["parameters"],
             tokenizer=read_tokenizer(folder, description["maximum_length"]),
             pad_id=description["pad_id"],
@@ -151,11 +160,21 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """OpenVINO on a CPU, in the arithmetic it thinks best for float models (bfloat16 where the CPU multiplies it)."""
+    """OpenVINO on a CPU.
+
+    Without a `precision` it takes the one it thinks best for float arithmetic: bfloat16 where the CPU multiplies it.
+    """
 
     name = "openvino-cpu"
 
-    def __init__(self, model: ExportedModel, threads: int | None, goal: Goal, streams: int | None = None):
+    def __init__(
+        self,
+        model: ExportedModel,
+        threads: int | None,
+        goal: Goal,
+        streams: int | None = None,
+        precision: str | None = None,
+    ):
         import openvino
 
         settings: dict[str, Any] = {"PERFORMANCE_HINT": goal.upper()}
@@ -163,6 +182,8 @@ class OpenVino:
             settings["NUM_STREAMS"] = streams
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
+        if precision:
+            settings["INFERENCE_PRECISION_HINT"] = precision
         self._compiled = openvino_core().compile_model(read_for_openvino(model.onnx_path), "CPU", settings)
         self._request = self._compiled.create_infer_request()
         self._queue = openvino.AsyncInferQueue(self._compiled) if goal == "throughput" else None
@@ -236,28 +257,54 @@ def _replace_by_its_value(node: Any) -> None:
 
 def available_runtimes() -> list[str]:
     """Names of the runtimes that the installed packages offer."""
+    pytorch = [EAGER, COMPILED] if importlib.util.find_spec("torch") else []
+    return [REFERENCE_RUNTIME, OpenVino.name, *gpu_runtimes(), *pytorch]
+
+
+def gpu_runtimes() -> list[str]:
+    """Names of those that compute on a GPU."""
     import onnxruntime
 
     providers = onnxruntime.get_available_providers()
-    gpu = [name for name, provider in _PROVIDERS.items() if provider in providers]
-    return [REFERENCE_RUNTIME, OpenVino.name, *gpu]
+    return [name for name, provider in _PROVIDERS.items() if provider in providers]
+
+
+def precisions(name: str) -> list[str | None]:
+    """Precisions of float arithmetic that a runtime can be told to use here, the exact one first, the fastest last.
+
+    [None] where there is no choice. OpenVINO takes a hint that the CPU cannot follow for another one and says nothing,
+    so it is asked what the CPU has.
+    """
+    if name in (EAGER, COMPILED):
+        fast = _BFLOAT16_FEATURES & set(describe_cpu()["features"])
+        return [EXACT_PRECISION, "bf16"] if fast else [EXACT_PRECISION]
+    if name != OpenVino.name:
+        return [None]
+    able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return [EXACT_PRECISION, *(hint for capability, hint in _OPENVINO_PRECISIONS.items() if capability in able)]
 
 
 def saturates(model: ExportedModel) -> bool:
-    """Tell whether integer arithmetic would give wrong results for this model on this CPU."""
-    return model.quantized and int8_saturates(platform.machine(), describe_cpu()["features"])
+    """Tell whether integer arithmetic would give wrong results for this model on this CPU; 7-bit weights never do."""
+    return model.quantized and model.weight_bits != 7 and saturates_here()
 
 
 def safe_runtimes(model: ExportedModel) -> list[str]:
     """Those of `available_runtimes` that compute the model right on this CPU.
 
-    ONNX Runtime computes int8 products in float where they would saturate; OpenVINO has no such setting.
+    ONNX Runtime computes int8 products in float where they would saturate, and PyTorch always; OpenVINO has no such
+    setting.
     """
     return [name for name in available_runtimes() if name != OpenVino.name or not saturates(model)]
 
 
 def open_runtime(
-    name: str, model: ExportedModel, threads: int | None = None, goal: Goal = "latency", streams: int | None = None
+    name: str,
+    model: ExportedModel,
+    threads: int | None = None,
+    goal: Goal = "latency",
+    streams: int | None = None,
+    precision: str | None = None,
 ) -> Runtime:
     """Load a model into a runtime.
 
@@ -268,26 +315,37 @@ def open_runtime(
         goal: what to tune for, where the runtime can: one text soon, or many.
         streams: inferences side by side; None takes one for latency, one a processor for throughput on ONNX Runtime,
             and leaves it to OpenVINO.
+        precision: of float arithmetic, one of `precisions`; None leaves it to the runtime.
 
     Raises:
-        UserError: if there is no such runtime here, or it cannot start or read the model.
+        UserError: if there is no such runtime or precision here, or it cannot start or read the model.
     """
     available = available_runtimes()
     if name not in available:
         hint = "; `make gpu` installs the CUDA and TensorRT providers" if name in _PROVIDERS else ""
         raise UserError(f"{name}: no such runtime here; one of {', '.join(available)}{hint}")
+    if precision is not None and precision not in precisions(name):
+        choices = ", ".join(choice or "its own" for choice in precisions(name))
+        raise UserError(f"{name}: cannot compute in {precision} here; {choices}")
     threads = threads or thread_limit()
     if name == REFERENCE_RUNTIME and goal == "throughput" and streams is None:
         streams, threads = thread_limit() or len(usable_processors()), 1
-    open_it: Callable[[], Runtime] = (
-        (lambda: OpenVino(model, threads, goal, streams))
-        if name == OpenVino.name
-        else (lambda: OnnxRuntime(name, model, threads, streams or 1))
-    )
     try:
-        return open_it()
+        return _open(name, model, threads, goal, streams, precision)
     except _load_errors() as error:
         raise UserError(f"{model.onnx_path}: {name} cannot load it: {' '.join(str(error).split())[:300]}") from None
+
+
+def _open(
+    name: str, model: ExportedModel, threads: int | None, goal: Goal, streams: int | None, precision: str | None
+) -> Runtime:
+    if name == OpenVino.name:
+        return OpenVino(model, threads, goal, streams, precision)
+    if name in (EAGER, COMPILED):
+        from stages.core.torch_runtime import TorchRuntime
+
+        return TorchRuntime(name, model, threads, goal, precision)
+    return OnnxRuntime(name, model, threads, streams or 1)
 
 
 @dataclass(frozen=True)

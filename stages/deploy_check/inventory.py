@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.hardware import describe_hardware
-from stages.core.runtimes import REFERENCE_RUNTIME, OpenVino, available_runtimes
+from stages.core.runtimes import REFERENCE_RUNTIME, OpenVino, gpu_runtimes
 
 CPU_CONTENDERS = (REFERENCE_RUNTIME, OpenVino.name)
 TORCH_CONTENDERS = tuple(
@@ -34,8 +34,7 @@ def gpu_contenders() -> list[str]:
     """What the installed packages can run on the GPU; call it only where there is one."""
     import torch
 
-    onnx = [name for name in available_runtimes() if name not in CPU_CONTENDERS]
-    return [*onnx, *(TORCH_CONTENDERS if torch.cuda.is_available() else ())]
+    return [*gpu_runtimes(), *(TORCH_CONTENDERS if torch.cuda.is_available() else ())]
 
 
 def _driver_has_gpus(folder: Path) -> bool:

@@ -12,7 +12,12 @@ them. The difference to the fine-tuned model is taken on the same texts, with a 
 the expected one (Guo et al., 1706.04599).
 
 Choice. `runtime.json` says how to run the model on this machine, for latency and for throughput: the runtime, its
-threads, how many inferences side by side, and how many tokens a batch may hold. `headroom predict` goes by it.
+threads, how many inferences side by side, the precision of its float arithmetic, and how many tokens a batch may hold.
+`headroom predict` goes by it. A precision that loses something, such as bfloat16, is chosen only if the share of
+labels that it changes is within half of the quality floor.
+
+PyTorch runs the same ONNX file, translated (`stages.core.torch_graph`), eagerly or compiled as params ask. Mostly it
+cannot win, so that a short trial decides whether it takes part; `left_out` says how far it was behind.
 
 Speed. Everything is timed from strings to predicted labels, tokenization included, with the same tokenizer for all.
 Two baselines, always both, are the fine-tuned model in PyTorch float32: the *fair* one pads to the longest text in

@@ -20,12 +20,12 @@ from stages.core.cascade import (
     share_passed_on,
 )
 from stages.core.checkpoints import load_model
-from stages.core.choice import RUNTIME_FILE, Setting, write_choice
+from stages.core.choice import RUNTIME_FILE, Setting, open_setting, write_choice
 from stages.core.encoding import read_tokenizer
 from stages.core.errors import UserError
 from stages.core.examples import Examples, load_examples, load_labels, load_pad_id
 from stages.core.judging import predict_logits
-from stages.core.runtimes import REFERENCE_RUNTIME, available_runtimes, safe_runtimes
+from stages.core.runtimes import COMPILED, EAGER, REFERENCE_RUNTIME, available_runtimes, safe_runtimes
 from stages.core.stage import StageRun, command
 from stages.core.timing import watch_other_load
 from stages.evaluate.baselines import PyTorchService, naive_length, prepare_pytorch
@@ -65,9 +65,16 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     run.say("speed beside both baselines")
     lengths = (None, naive)
     services = {name: PyTorchService(network, whole, length) for name, length in zip(BASELINES, lengths, strict=True)}
-    speed = _measure_speed(run, Contest(model, runtimes, services, test.texts, params.latency, run.params.seed))
-    for name in runtimes[1:]:
-        others = predict_exported(model, open_exported(name, model), test.texts, _BATCH_SIZE)[0]
+    # Half of what quality may be lost is left to compression: no more labels than that may a precision change.
+    least = 1.0 - run.params.quality.floor / 2
+    candidates = [{"eager": EAGER, "compiled": COMPILED}[way] for way in params.latency.torch]
+    seed = run.params.seed
+    speed = _measure_speed(
+        run, Contest(model, runtimes, candidates, services, test.texts, predictions, least, params.latency, seed)
+    )
+    for name in list(speed["runtimes"])[1:]:
+        chosen = open_setting(Setting(**speed["runtimes"][name]["throughput_setting"]), model, "throughput")
+        others = predict_exported(model, chosen, test.texts, _BATCH_SIZE)[0]
         speed["runtimes"][name]["agreement"] = float(numpy.mean(others == predictions))
     return {
         "variant": run.name.partition("@")[2],
@@ -100,8 +107,9 @@ def _passed_on(model: Exported, runtime: ExportedRuntime, texts: Sequence[str]) 
 
 def _usable_runtimes(run: StageRun, model: Exported) -> list[str]:
     """Names of the runtimes that take part, the reference first: those that are right here and can start."""
-    safe = [name for name in available_runtimes() if all(name in safe_runtimes(part) for part in models_of(model))]
-    for name in sorted(set(available_runtimes()) - set(safe)):
+    offered = [name for name in available_runtimes() if name not in (EAGER, COMPILED)]
+    safe = [name for name in offered if all(name in safe_runtimes(part) for part in models_of(model))]
+    for name in sorted(set(offered) - set(safe)):
         run.say(f"{name}: left out, its int8 products saturate on a CPU without VNNI")
     usable = [REFERENCE_RUNTIME]
     for name in safe:
@@ -118,6 +126,8 @@ def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:
     """Measure speed, and how much memory a process that only serves takes at the batch size at which it is fastest."""
     with watch_other_load() as other:
         speed, settings = measure_speed(contest)
+    for name, entry in speed["left_out"].items():
+        run.say(f"{name}: left out, {entry['reason']}")
     if other.share > _NOTEWORTHY_LOAD:
         run.say(
             f"other work took {other.share:.0%} of the processors while timing, which slows PyTorch most; "
@@ -128,7 +138,11 @@ def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:
         setting = Setting(**entry["throughput_setting"])
         entry["peak_memory_mb"] = serving_memory_mb(contest.model.folder, setting, texts)
     speed["best"]["peak_memory_mb"] = speed["runtimes"][speed["best"]["throughput_runtime"]]["peak_memory_mb"]
-    write_choice(run.staging / RUNTIME_FILE, settings, {"runtimes": speed["runtimes"], "other_load": other.share})
+    write_choice(
+        run.staging / RUNTIME_FILE,
+        settings,
+        {"runtimes": speed["runtimes"], "left_out": speed["left_out"], "other_load": other.share},
+    )
     return {**speed, "other_load": other.share}
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from stages.core.cascade import Exported, ExportedRuntime, predict_exported
+import numpy
+
+from stages.core.cascade import Exported, ExportedRuntime, open_exported, predict_exported
 from stages.core.choice import Setting, open_setting
+from stages.core.errors import UserError
 from stages.core.hardware import thread_limit, usable_processors
+from stages.core.metrics import Array
 from stages.core.params import LatencyParams
-from stages.core.runtimes import REFERENCE_RUNTIME, Goal, OpenVino
+from stages.core.runtimes import COMPILED, EAGER, EXACT_PRECISION, REFERENCE_RUNTIME, Goal, OpenVino, precisions
 from stages.core.timing import (
     durations,
     interleave,
@@ -27,9 +31,13 @@ from stages.evaluate.baselines import PyTorchService
 
 BASELINES = ("fair", "naive")
 
-_CPU_RUNTIMES = (REFERENCE_RUNTIME, OpenVino.name)
+_CPU_RUNTIMES = (REFERENCE_RUNTIME, OpenVino.name, EAGER, COMPILED)
 _SHORT_TEXTS = 256  # enough to rank batch sizes, which differ by more than the noise of so many
 _SINGLE_TRIALS = 24
+_BATCH_SIZE = 32
+_TRIAL_TEXTS = 64
+_WITHIN_REACH = 1.5
+"""A short trial may be off by that much; who is further behind, with many texts and with one, cannot win."""
 _NAIVE_SINGLES_A_ROUND = 4
 
 
@@ -40,10 +48,16 @@ class Contest:
     model: Exported
     runtimes: Sequence[str]
     """That take part."""
+    candidates: Sequence[str]
+    """Runtimes that take part only if a short trial shows them within reach of those."""
     services: Mapping[str, PyTorchService]
     """The baselines, `fair` and `naive`."""
     texts: Sequence[str]
     """Real texts, from which samples are drawn."""
+    expected: Array
+    """Labels that the reference runtime gives them, [texts]."""
+    least_agreement: float
+    """Share of these labels that a precision which loses something must keep to be chosen."""
     params: LatencyParams
     seed: int
 
@@ -61,18 +75,26 @@ class Sweep:
     throughput: Setting
     """The fastest for many."""
     best_size: int
+    milliseconds: float
+    """Median time of one text in the trial of `latency`."""
     speeds: dict[int, float]
     """Texts a second at each batch size."""
+    agreement: dict[str, float]
+    """Share of labels kept by each precision that loses something, whether it may be chosen or not."""
 
 
 def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]]:
     """Measure throughput and latency of every runtime and both baselines.
 
     Returns:
-        `runtimes`, `best`, `baselines` and `speedup` of the stage's metrics, without memory; and the settings that
-        won, for latency and for throughput.
+        `runtimes`, `left_out`, `best`, `baselines` and `speedup` of the stage's metrics, without memory; and the
+        settings that won, for latency and for throughput.
     """
-    swept = {name: _sweep(contest, name) for name in contest.runtimes}
+    swept = {name: sweep_runtime(contest, name) for name in contest.runtimes}
+    left_out = {name: {"reason": reason} for name in contest.candidates if (reason := far_behind(contest, name, swept))}
+    for name in contest.candidates:
+        if name not in left_out:
+            swept[name] = sweep_runtime(contest, name)
     throughput = _throughput(contest, {name: sweep.throughput for name, sweep in swept.items()})
     latency = _latency(contest, {name: sweep.latency for name, sweep in swept.items()})
     fastest = max(swept, key=lambda name: statistics.median(throughput[name]))
@@ -85,11 +107,13 @@ def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]
             "best_texts_per_second": statistics.median(throughput[name]),
             "latency_setting": asdict(sweep.latency),
             "throughput_setting": asdict(sweep.throughput),
+            "precision_agreement": sweep.agreement,
         }
         for name, sweep in swept.items()
     }
     metrics = {
         "runtimes": runtimes,
+        "left_out": left_out,
         "best": {
             "latency_runtime": soonest,
             "latency_ms": runtimes[soonest]["latency_ms"],
@@ -109,30 +133,64 @@ def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]
     return metrics, {"latency": swept[soonest].latency, "throughput": swept[fastest].throughput}
 
 
-def _sweep(contest: Contest, name: str) -> Sweep:
-    """Try batch sizes, then ways to share the processors, each once on a short sample after a run to warm up.
+def sweep_runtime(contest: Contest, name: str) -> Sweep:
+    """Try batch sizes, ways to share the processors, and precisions, each once on a short sample after a warm-up.
 
-    A batch size stands for as many tokens as so many texts of average length have.
+    A batch size stands for as many tokens as so many texts of average length have. Batch sizes and ways are tried in
+    the lowest precision that keeps the answers, the likeliest to win.
     """
     texts = contest.sample(min(_SHORT_TEXTS, contest.params.throughput_texts))
     mean_length = statistics.fmean(len(row) for row in contest.model.encode(texts))
     several, *others = _ways(name, "throughput")
+    agreement = _agreement(contest, name)
+    *exacter, lowest = kept_precisions(precisions(name), agreement, contest.least_agreement)
     settings = {
-        size: Setting(name, *several, batch_tokens=round(size * mean_length)) for size in contest.params.batch_sizes
+        size: Setting(name, *several, lowest, batch_tokens=round(size * mean_length))
+        for size in contest.params.batch_sizes
     }
-    speeds = {size: _speed(contest, setting, texts) for size, setting in settings.items()}
+    runtime = open_setting(settings[contest.params.batch_sizes[0]], contest.model, "throughput")
+    speeds = {size: _speed(contest, runtime, setting, texts) for size, setting in settings.items()}
     best = max(speeds, key=lambda size: speeds[size])
     tried = {settings[best]: speeds[best]}
     for way in others:
-        setting = Setting(name, *way, batch_tokens=settings[best].batch_tokens)
-        tried[setting] = _speed(contest, setting, texts)
-    singles = [Setting(name, *way, batch_tokens=settings[best].batch_tokens) for way in _ways(name, "latency")]
+        setting = Setting(name, *way, lowest, batch_tokens=settings[best].batch_tokens)
+        tried[setting] = _speed(contest, open_setting(setting, contest.model, "throughput"), setting, texts)
+    for precision in exacter:
+        setting = replace(max(tried, key=lambda setting: tried[setting]), precision=precision)
+        tried[setting] = _speed(contest, open_setting(setting, contest.model, "throughput"), setting, texts)
+    singles = [
+        Setting(name, *way, precision, batch_tokens=settings[best].batch_tokens)
+        for way in _ways(name, "latency")
+        for precision in (lowest, *exacter)
+    ]
+    latencies = {setting: _trial_latency(contest, setting) for setting in singles}
+    soonest = min(singles, key=lambda setting: latencies[setting])
     return Sweep(
-        latency=min(singles, key=lambda setting: _trial_latency(contest, setting)) if len(singles) > 1 else singles[0],
+        latency=soonest,
         throughput=max(tried, key=lambda setting: tried[setting]),
         best_size=best,
+        milliseconds=latencies[soonest],
         speeds=speeds,
+        agreement=agreement,
     )
+
+
+def kept_precisions(
+    offered: Sequence[str | None], agreement: Mapping[str, float], least_agreement: float
+) -> list[str | None]:
+    """Those of the precisions offered that lose nothing, or keep at least so large a share of the labels."""
+    return [precision for precision in offered if precision is None or agreement.get(precision, 1.0) >= least_agreement]
+
+
+def _agreement(contest: Contest, name: str) -> dict[str, float]:
+    """Share of the labels that each precision of a runtime keeps, of those that lose something."""
+    found = {}
+    for precision in precisions(name):
+        if precision not in (None, EXACT_PRECISION):
+            runtime = open_exported(name, contest.model, goal="throughput", precision=precision)
+            labels = predict_exported(contest.model, runtime, contest.texts, _BATCH_SIZE)[0]
+            found[str(precision)] = float(numpy.mean(labels == contest.expected))
+    return found
 
 
 def _ways(name: str, goal: Goal) -> list[tuple[int | None, int | None]]:
@@ -142,12 +200,34 @@ def _ways(name: str, goal: Goal) -> list[tuple[int | None, int | None]]:
         return [(None, None)]
     if goal == "latency":
         return [(processors, 1), (1, 1)]
+    if name in (EAGER, COMPILED):  # one batch at a time
+        return [(processors, 1)]
     # OpenVINO shares all its threads out among the streams.
     return [(1 if name == REFERENCE_RUNTIME else processors, processors), (processors, 1)]
 
 
-def _speed(contest: Contest, setting: Setting, texts: Sequence[str]) -> float:
-    runtime = open_setting(setting, contest.model, "throughput")
+def far_behind(contest: Contest, name: str, swept: Mapping[str, Sweep]) -> str:
+    """Try a candidate on few texts; say in a line why it cannot win, or nothing where it may."""
+    fastest = max(max(sweep.speeds.values()) for sweep in swept.values())
+    soonest = min(sweep.milliseconds for sweep in swept.values())
+    way = (*_ways(name, "throughput")[0], precisions(name)[-1])
+    texts = contest.sample(_TRIAL_TEXTS)
+    budget = _BATCH_SIZE * max(len(row) for row in contest.model.encode(texts))
+    setting = Setting(name, *way, batch_tokens=budget)
+    try:
+        speed = _speed(contest, open_setting(setting, contest.model, "throughput"), setting, texts)
+        milliseconds = _trial_latency(contest, setting)
+    except UserError as problem:
+        return str(problem)
+    if speed * _WITHIN_REACH >= fastest or milliseconds <= soonest * _WITHIN_REACH:
+        return ""
+    return (
+        f"in a short trial {speed:.0f} texts a second where the best did {fastest:.0f}, "
+        f"{milliseconds:.2f} ms for one text where the best took {soonest:.2f}"
+    )
+
+
+def _speed(contest: Contest, runtime: ExportedRuntime, setting: Setting, texts: Sequence[str]) -> float:
     work = _counting(partial(_answer_all, contest.model, runtime, setting, texts), len(texts))
     work()
     with uncollected():

@@ -11,7 +11,7 @@ from stages.core.checkpoints import HEADROOM_FILE, copy_tokenizer, count_paramet
 from stages.core.errors import UserError
 from stages.core.examples import load_examples, load_labels, load_maximum_length, load_pad_id, sample
 from stages.core.onnx_graph import export_onnx
-from stages.core.quantized import is_quantized
+from stages.core.quantized import is_quantized, weight_bits
 from stages.core.stage import StageRun, command
 from stages.core.tasks import get_task
 from stages.export.fusion import Fusion, count_int8_products, fuse_onnxruntime, fuse_openvino
@@ -54,6 +54,7 @@ def run_export(run: StageRun) -> dict[str, Any]:
         "inputs": list(task.onnx_inputs),
         "output": task.onnx_output,
         "quantized": quantized,
+        "weight_bits": weight_bits(model),
         "parameters": count_parameters(model),
         "lineage": extend_lineage(run.inputs["model"], run.name),
     }

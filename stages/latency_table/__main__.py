@@ -9,7 +9,8 @@ from torch import nn
 
 from stages.core.checkpoints import load_model
 from stages.core.examples import load_examples, load_pad_id
-from stages.core.latency import LatencyTable, workload, write_table
+from stages.core.latency import Deployment, LatencyTable, workload, write_table
+from stages.core.params import Params
 from stages.core.stage import StageRun, command
 from stages.core.structure import LayerWidth, encoder_layers, head_size, layer_widths
 from stages.latency_table.graphs import EncoderShape
@@ -36,11 +37,17 @@ def _measure(run: StageRun, model: nn.Module) -> LatencyTable:
         hidden=config.hidden_size,
         head_size=head_size(encoder_layers(model)[0]),
         classes=config.num_labels,
-        quantized=run.params.quantize.multiplies_in_int8(),
+        deployment=_deployment(run.params),
     )
     largest = LayerWidth(max(width.heads for width in widths), max(width.neurons for width in widths))
     batches = workload(load_examples(data, "train"), params.goal, load_pad_id(data), run.params.seed)
     return measure_table(shape, largest, params.neuron_multiple, params.runtime, params.goal, batches, run.params.seed)
+
+
+def _deployment(params: Params) -> Deployment:
+    """What params make of a pruned model; recipes that multiply in float are timed in float."""
+    quantized = params.quantize.multiplies_in_int8()
+    return Deployment(quantized, quantized and params.quantize.embeddings == "int8", params.export.opset)
 
 
 def _describe(table: LatencyTable) -> str:

@@ -11,10 +11,9 @@ import numpy
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from stages.core.latency import INPUTS
+from stages.core.latency import INPUTS, Deployment
 from stages.core.structure import LayerWidth
 
-_OPSET = 20
 _LONGEST = 512
 _SCALE, _ZERO_POINT = numpy.float32(8.0 / 255), numpy.uint8(128)
 """Of 8-bit activations; after a norm nearly all lie within -4 and 4."""
@@ -29,8 +28,8 @@ class EncoderShape:
     hidden: int
     head_size: int
     classes: int
-    quantized: bool
-    """Linear layers of encoder and pooler in int8, as the quantize stage makes them."""
+    deployment: Deployment
+    """Linear layers of encoder and pooler, and the embeddings, as the quantize stage makes them."""
 
 
 @dataclass
@@ -55,7 +54,7 @@ class _Builder:
 
     def observed(self, inputs: str) -> str:
         """Round to 8 bits and back where the model is quantized."""
-        if not self.shape.quantized:
+        if not self.shape.deployment.quantized:
             return inputs
         form = self.constant(_SCALE), self.constant(_ZERO_POINT)
         return self.node("DequantizeLinear", self.node("QuantizeLinear", inputs, *form), *form)
@@ -80,13 +79,25 @@ class _Builder:
         return self.node("LayerNormalization", inputs, ones, zeros, axis=-1, epsilon=1e-12)
 
     def embeddings(self) -> str:
-        hidden = self.shape.hidden
-        words = self.node("Gather", self.constant(self.random(VOCABULARY, hidden)), INPUTS[0])
         one = self.constant(numpy.array([1], numpy.int64))
         length = self.node("Shape", INPUTS[0], start=1, end=2)
         zero = self.constant(numpy.array([0], numpy.int64))
-        places = self.node("Slice", self.constant(self.random(_LONGEST, hidden)), zero, length, zero, one)
-        return self.norm(self.node("Add", words, places))
+        if self.shape.deployment.int8_embeddings:
+            first, step = self.constant(numpy.int64(0)), self.constant(numpy.int64(1))
+            places = self.node("Range", first, self.node("Squeeze", length), step)
+            words, positions = self.rows_of_int8(VOCABULARY, INPUTS[0]), self.rows_of_int8(_LONGEST, places)
+        else:
+            hidden = self.shape.hidden
+            words = self.node("Gather", self.constant(self.random(VOCABULARY, hidden)), INPUTS[0])
+            positions = self.node("Slice", self.constant(self.random(_LONGEST, hidden)), zero, length, zero, one)
+        return self.norm(self.node("Add", words, positions))
+
+    def rows_of_int8(self, rows: int, places: str) -> str:
+        """Look rows up in a table of int8 with one scale a row."""
+        levels = self.constant(self.generator.integers(-127, 128, (rows, self.shape.hidden), dtype=numpy.int8))
+        scales = self.constant(numpy.full((rows, 1), 1 / 127, numpy.float32))
+        floats = self.node("Cast", self.node("Gather", levels, places), to=TensorProto.FLOAT)
+        return self.node("Mul", floats, self.node("Gather", scales, places))
 
     def mask_bias(self) -> str:
         """0 for a token and a large negative number for filling, [batch, 1, 1, length]."""
@@ -102,7 +113,7 @@ class _Builder:
         seen = self.observed(inputs)
         asked = seen if asking == inputs else self.observed(asking)
         query, key, value = (
-            self.node("Reshape", self.linear(each, shape.hidden, width, shape.quantized), apart)
+            self.node("Reshape", self.linear(each, shape.hidden, width, shape.deployment.quantized), apart)
             for each in (asked, seen, seen)
         )
         scaled = self.node(
@@ -112,12 +123,12 @@ class _Builder:
         weights = self.node("Softmax", self.node("Add", scores, mask_bias), axis=-1)
         mixed = self.node("MatMul", weights, self.node("Transpose", value, perm=[0, 2, 1, 3]))
         flat = self.node("Reshape", self.node("Transpose", mixed, perm=[0, 2, 1, 3]), together)
-        return self.linear(self.observed(flat), width, shape.hidden, shape.quantized)
+        return self.linear(self.observed(flat), width, shape.hidden, shape.deployment.quantized)
 
     def feed_forward(self, inputs: str, neurons: int) -> str:
         shape = self.shape
-        inner = self.node("Gelu", self.linear(self.observed(inputs), shape.hidden, neurons, shape.quantized))
-        return self.linear(self.observed(inner), neurons, shape.hidden, shape.quantized)
+        inner = self.node("Gelu", self.linear(self.observed(inputs), shape.hidden, neurons, shape.deployment.quantized))
+        return self.linear(self.observed(inner), neurons, shape.hidden, shape.deployment.quantized)
 
     def layer(self, inputs: str, mask_bias: str, width: LayerWidth, first_only: bool) -> str:
         hidden, asking = self.shape.hidden, inputs
@@ -133,7 +144,7 @@ class _Builder:
         """Pooler over the first token, and classifier."""
         shape, first = self.shape, self.constant(numpy.int64(0))
         token = self.observed(self.node("Gather", inputs, first, axis=1))
-        pooled = self.node("Tanh", self.linear(token, shape.hidden, shape.hidden, shape.quantized))
+        pooled = self.node("Tanh", self.linear(token, shape.hidden, shape.hidden, shape.deployment.quantized))
         return self.linear(pooled, shape.hidden, shape.classes, quantized=False)
 
 
@@ -161,6 +172,6 @@ def write_encoder(
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", shape.classes])],
         builder.constants,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", shape.deployment.opset)])
     model.ir_version = 10  # OpenVINO and ONNX Runtime both read it
     onnx.save(model, path)

@@ -71,7 +71,7 @@ def measure_table(
     return without_noise(
         LatencyTable(
             runtime=chosen,
-            quantized=shape.quantized,
+            deployment=shape.deployment,
             rest=seconds["no layers"],
             shell=max(0.0, seconds["nothing"] - seconds["no layers"]) / _LAYERS,
             heads={count: (seconds[f"heads {count}"] - seconds["nothing"]) / _LAYERS for count in heads},

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from stages.core.latency import INPUTS, LatencyTable, open_bare, texts_a_second
+from stages.core.latency import INPUTS, Deployment, LatencyTable, open_bare, texts_a_second
 from stages.core.onnx_graph import export_onnx
-from stages.core.quantized import ActivationRange, QuantizedLinear, replace_module
+from stages.core.quantized import ActivationRange, QuantizedEmbedding, QuantizedLinear, replace_module
 from stages.core.runtimes import ONNX_FILE, Batch, Goal, Runtime
 from stages.core.structure import quantizable_linears
 from stages.core.timing import ratios
@@ -22,7 +22,6 @@ Clock = Callable[[nn.Module], float]
 """Measured speedup of a model over the stage's input."""
 
 _ROUNDS = 15
-_OPSET = 20
 _ANY_RANGE = ActivationRange.covering(-4.0, 4.0)  # the values decide nothing about time
 
 
@@ -34,7 +33,7 @@ def deployment_clock(
 
     Args:
         parent: the stage's input.
-        table: names the runtime, and whether models are deployed in int8.
+        table: names the runtime, and the form in which models are deployed.
         goal: one text at a time, or batches.
         batches: real texts.
         seed: of the order of measurement.
@@ -43,7 +42,8 @@ def deployment_clock(
 
         def deploy(model: nn.Module) -> Runtime:
             folder = Path(tempfile.mkdtemp(dir=name))
-            export_onnx(deployment_form(model, table.quantized), folder / ONNX_FILE, INPUTS, "logits", _OPSET)
+            form = deployment_form(model, table.deployment)
+            export_onnx(form, folder / ONNX_FILE, INPUTS, "logits", table.deployment.opset)
             return open_bare(folder, table.runtime, goal)
 
         reference = deploy(parent)
@@ -55,12 +55,15 @@ def deployment_clock(
         yield speedup
 
 
-def deployment_form(model: nn.Module, quantized: bool) -> nn.Module:
-    """Copy a model, the linear layers of encoder and pooler in int8 with made-up ranges where it is to be quantized."""
+def deployment_form(model: nn.Module, deployment: Deployment) -> nn.Module:
+    """Copy a model as the quantize stage would make it, with made-up ranges of the activations."""
     form = copy.deepcopy(model).eval()
-    if not quantized:
-        return form
-    for name in quantizable_linears(form):
-        linear: Any = form.get_submodule(name)
-        replace_module(form, name, QuantizedLinear.from_linear(linear, _ANY_RANGE))
+    if deployment.quantized:
+        for name in quantizable_linears(form):
+            linear: Any = form.get_submodule(name)
+            replace_module(form, name, QuantizedLinear.from_linear(linear, _ANY_RANGE))
+    if deployment.int8_embeddings:
+        for name, part in list(form.named_modules()):
+            if isinstance(part, nn.Embedding):
+                replace_module(form, name, QuantizedEmbedding.from_embedding(part))
     return form

@@ -25,6 +25,7 @@ The gate holds the loss of score on validation texts, paired with the float mode
 Answers that are not numbers, or little better than independent of the float model's, never pass. Where every recipe
 fails the model stays in float.
 
-x86 CPUs without VNNI add two products of bytes in 16 bits and saturate (onnxruntime#6004). `weight_bits: 7` halves the
-range of weights, so that two products always fit.
+x86 CPUs without VNNI add two products of bytes in 16 bits and saturate (onnxruntime#6004). 7-bit weights halve the
+range, so that two products always fit: 2 * 255 * 63 = 32,130. `weight_bits: auto` takes them where the CPU at hand
+saturates. The exported model says how many bits it has; with 8, such a CPU computes the products in float.
 """

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 from stages.core.artifacts import write_json
 from stages.core.checkpoints import count_parameters, extend_lineage, load_model, save_model
-from stages.core.hardware import describe_cpu, int8_saturates
+from stages.core.hardware import saturates_here
 from stages.core.judging import validation_quality
-from stages.core.quantized import quantized_parts
+from stages.core.quantized import quantized_parts, weight_bits
 from stages.core.stage import StageRun, command
+from stages.quantize.bits import needed_bits
 from stages.quantize.gate import Verdict
 from stages.quantize.recipes import RECIPES, Attempt, Kitchen
 
@@ -23,7 +23,7 @@ def run_quantize(run: StageRun) -> dict[str, Any]:
     model = load_model(run.inputs["model"])
     kitchen = Kitchen(run, model)
     before = validation_quality(model, kitchen.task, kitchen.validation, kitchen.pad_id)
-    _warn_of_saturation(run)
+    _tell_of_saturation(run)
     taken, attempt, verdicts = _first_that_passes(run, kitchen)
     save_model(attempt.model, run.unit("model"), run.inputs["model"], extend_lineage(run.inputs["model"], "quantize"))
     write_json(run.staging / LAYERS_FILE, attempt.layers)
@@ -38,7 +38,14 @@ def run_quantize(run: StageRun) -> dict[str, Any]:
         "validation": validation_quality(attempt.model, kitchen.task, kitchen.validation, kitchen.pad_id),
         "quantized_parts": len(quantized_parts(attempt.model)),
         "float_layers": attempt.in_float,
+        **_bits(attempt),
     }
+
+
+def _bits(attempt: Attempt) -> dict[str, int]:
+    """Bits of the weights that int8 products take; nothing where there are no such products."""
+    bits = weight_bits(attempt.model)
+    return {} if bits is None else {"weight_bits": bits}
 
 
 def _first_that_passes(run: StageRun, kitchen: Kitchen) -> tuple[str, Attempt, dict[str, Verdict]]:
@@ -55,12 +62,18 @@ def _first_that_passes(run: StageRun, kitchen: Kitchen) -> tuple[str, Attempt, d
     return FLOAT, Attempt(kitchen.model), verdicts
 
 
-def _warn_of_saturation(run: StageRun) -> None:
-    """Say it where this machine would serve the recipe slowly; other machines may not."""
-    saturates = int8_saturates(platform.machine(), describe_cpu()["features"])
-    integers = {"int8_packed", "int8_static", "int8_mixed", "int8_dynamic"} & set(run.params.quantize.recipes)
-    if integers and saturates:
-        run.say("this CPU has no VNNI and would saturate int8 products; it will compute them in float, which is slow")
+def _tell_of_saturation(run: StageRun) -> None:
+    """Say what a CPU that saturates does to the recipes; other machines may not."""
+    params = run.params.quantize
+    if not ({"int8_packed", "int8_static", "int8_mixed", "int8_dynamic"} & set(params.recipes) and saturates_here()):
+        return
+    if needed_bits(params.weight_bits) == 7:
+        run.say("this CPU has no VNNI: weights of int8 products get 7 bits, so that sums of two of them fit 16 bits")
+    else:
+        run.say(
+            "this CPU has no VNNI and would saturate int8 products of 8-bit weights; it will compute them in float, "
+            "which is slow. quantize.weight_bits: auto avoids that"
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from stages.core.examples import Examples, load_examples, load_pad_id, sample
 from stages.core.judging import predict_logits
 from stages.core.observe.progress import track
 from stages.core.quantized import (
+    SEVEN_BIT_LIMIT,
+    WEIGHT_LIMIT,
     ActivationRange,
     GroupedLinear,
     HalfEmbedding,
@@ -27,6 +29,7 @@ from stages.core.quantized import (
 from stages.core.stage import StageRun
 from stages.core.structure import quantizable_linears
 from stages.core.tasks import get_task
+from stages.quantize.bits import needed_bits
 from stages.quantize.gate import Verdict, judge_recipe
 from stages.quantize.groups import gptq_in_steps, group_size, round_groups
 from stages.quantize.observe import collect_inputs
@@ -55,7 +58,7 @@ class Kitchen:
         self.run, self.model, self.params = run, model, run.params.quantize
         self.task, self.pad_id = get_task(run.params.task.kind), load_pad_id(run.inputs["data"], run.inputs["model"])
         self.validation = load_examples(run.inputs["data"], "validation", run.inputs["model"])
-        self.limit = 2 ** (self.params.weight_bits - 1) - 1
+        self.limit = SEVEN_BIT_LIMIT if needed_bits(self.params.weight_bits) == 7 else WEIGHT_LIMIT
 
     @cached_property
     def layers(self) -> list[str]:

@@ -121,6 +121,7 @@ def test_the_page_has_a_section_a_task_and_says_who_failed(rows: list[Row]) -> N
         "test_texts": 100,
         "tokens": 13.3,
         "other_load": 0.014,
+        "minutes": 12.4,
         "threads": {"OMP_NUM_THREADS": "1"},
         "hardware": {
             "cpu": {"model": "A processor", "logical_cores": 2, "features": ["avx2"]},
@@ -136,6 +137,7 @@ def test_the_page_has_a_section_a_task_and_says_who_failed(rows: list[Row]) -> N
     assert "| throughput | Headroom, small | PyTorch fp32, longest in batch | 10.00 (5.00 to 20.00) |" in section
     assert "50 % of the int8 ceiling" in section
     assert "OMP_NUM_THREADS=1" in section
+    assert "All of it took 12 minutes. Other processes used 1 % of the processors" in section
     page = render_page({"questions": section, "reviews": section})
     assert page.index("## questions") < page.index("## reviews")
 

@@ -128,7 +128,7 @@ def test_the_runtime_can_be_chosen(
     assert json.loads(capfd.readouterr().out)["runtime"] == runtime
 
 
-FASTEST = Setting("openvino-cpu", threads=1, streams=1, batch_tokens=55)
+FASTEST = Setting("openvino-cpu", threads=1, streams=1, precision=None, batch_tokens=55)
 
 
 @pytest.fixture

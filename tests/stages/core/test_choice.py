@@ -6,8 +6,8 @@ from stages.core.artifacts import read_json, write_json
 from stages.core.choice import DEFAULT, Setting, read_choice, write_choice
 from stages.core.errors import UserError
 
-LATENCY = Setting("onnxruntime-cpu", threads=1, streams=1, batch_tokens=10)
-THROUGHPUT = Setting("openvino-cpu", threads=2, streams=2, batch_tokens=512)
+LATENCY = Setting("onnxruntime-cpu", threads=1, streams=1, precision=None, batch_tokens=10)
+THROUGHPUT = Setting("openvino-cpu", threads=2, streams=2, precision="f32", batch_tokens=512)
 
 
 @pytest.fixture
@@ -37,5 +37,5 @@ def test_another_machine_or_a_missing_runtime_is_told(path: Path) -> None:
 
 def test_another_file_is_refused(path: Path) -> None:
     write_json(path, {"format": 99})
-    with pytest.raises(UserError, match=r"runtime\.json: is not a runtime choice of format 1"):
+    with pytest.raises(UserError, match=r"runtime\.json: is not a runtime choice of format 2"):
         read_choice(path, "latency")

@@ -14,7 +14,7 @@ from stages.core.artifacts import file_sha256, read_json
 
 PROJECT = Path(__file__).parents[3]
 OUT = Path("artifacts/fingerprint")
-FILES = ("hardware.json", "sources.json", "corrections.json", "checkpoints.json")
+FILES = ("hardware.json", "arithmetic.json", "sources.json", "corrections.json", "checkpoints.json")
 
 
 @pytest.fixture

@@ -4,11 +4,25 @@ import numpy
 import pytest
 
 from stages.core.examples import Examples
-from stages.core.latency import LatencyTable, read_table, seconds_a_text, without_noise, workload, write_table
+from stages.core.latency import (
+    Deployment,
+    LatencyTable,
+    read_table,
+    seconds_a_text,
+    without_noise,
+    workload,
+    write_table,
+)
 from stages.core.structure import LayerWidth
 
 TABLE = LatencyTable(
-    "openvino-cpu", True, rest=5.0, shell=1.0, heads={2: 4.0, 4: 10.0}, neurons={16: 2.0, 32: 8.0}, last=0.5
+    "openvino-cpu",
+    Deployment(True, True, 21),
+    rest=5.0,
+    shell=1.0,
+    heads={2: 4.0, 4: 10.0},
+    neurons={16: 2.0, 32: 8.0},
+    last=0.5,
 )
 
 
@@ -31,7 +45,9 @@ def test_a_table_survives_the_disk(table: LatencyTable | None, tmp_path: Path) -
 
 
 def test_noise_is_averaged_so_that_more_never_costs_less() -> None:
-    noisy = LatencyTable("openvino-cpu", False, 1.0, 0.0, {1: 3.0, 2: 2.0, 3: 5.0}, {8: -1.0, 16: 1.0}, 1.0)
+    noisy = LatencyTable(
+        "openvino-cpu", Deployment(False, False, 21), 1.0, 0.0, {1: 3.0, 2: 2.0, 3: 5.0}, {8: -1.0, 16: 1.0}, 1.0
+    )
     calm = without_noise(noisy)
     assert calm.heads == {1: 2.5, 2: 2.5, 3: 5.0}
     assert calm.neurons == {8: 0.0, 16: 1.0}

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from stages.core.artifacts import write_json, write_manifest
 from stages.core.errors import UserError
-from stages.core.runtimes import ExportedModel, available_runtimes, open_runtime, predict, safe_runtimes
+from stages.core.runtimes import (
+    EXACT_PRECISION,
+    ExportedModel,
+    available_runtimes,
+    open_runtime,
+    precisions,
+    predict,
+    safe_runtimes,
+)
 
 TEXTS = ["the cat", "", "how many ? how many ? how many", "paris " * 200, "\x00\u202e😀 ﷽", "half a pair \ud800", "dog"]
 
@@ -67,15 +75,36 @@ def test_streams_and_token_budgets_change_no_answer(model: ExportedModel, name: 
         assert numpy.abs(got - expected).max() < tolerance
 
 
+def test_openvino_computes_in_the_precision_asked_for(model: ExportedModel) -> None:
+    offered = precisions("openvino-cpu")
+    assert offered[0] == EXACT_PRECISION
+    exact = predict(model, open_runtime("onnxruntime-cpu", model), TEXTS, 2)[1]
+    for precision in offered:
+        runtime = open_runtime("openvino-cpu", model, precision=precision)
+        assert runtime.precision == precision
+        tolerance = 1e-5 if precision == EXACT_PRECISION else 0.05
+        assert numpy.abs(predict(model, runtime, TEXTS, 2)[1] - exact).max() < tolerance
+
+
+def test_a_precision_that_a_runtime_does_not_offer_is_refused(model: ExportedModel) -> None:
+    assert precisions("onnxruntime-cpu") == [None]
+    with pytest.raises(UserError, match=r"onnxruntime-cpu: cannot compute in bf16 here; its own"):
+        open_runtime("onnxruntime-cpu", model, precision="bf16")
+    with pytest.raises(UserError, match=r"openvino-cpu: cannot compute in f8 here; f32"):
+        open_runtime("openvino-cpu", model, precision="f8")
+
+
 def test_int8_avoids_runtimes_that_saturate(model: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = replace(model, quantized=True)
-    monkeypatch.setattr("stages.core.runtimes.int8_saturates", lambda *_: True)
+    monkeypatch.setattr("stages.core.runtimes.saturates_here", lambda: True)
     assert "openvino-cpu" not in safe_runtimes(quantized)
     assert "onnxruntime-cpu" in safe_runtimes(quantized)
     safe = predict(quantized, open_runtime("onnxruntime-cpu", quantized), TEXTS, 2)[1]
     assert numpy.abs(safe - predict(model, open_runtime("onnxruntime-cpu", model), TEXTS, 2)[1]).max() < 1e-5
     assert safe_runtimes(model) == available_runtimes()
-    monkeypatch.setattr("stages.core.runtimes.int8_saturates", lambda *_: False)
+    assert safe_runtimes(replace(quantized, weight_bits=8)) == safe_runtimes(quantized)
+    assert safe_runtimes(replace(quantized, weight_bits=7)) == available_runtimes()
+    monkeypatch.setattr("stages.core.runtimes.saturates_here", lambda: False)
     assert safe_runtimes(quantized) == available_runtimes()
 
 

@@ -25,6 +25,7 @@ from stages.evaluate.__main__ import run_evaluate
 from stages.evaluate.baselines import PyTorchService, naive_length
 from stages.evaluate.memory import serving_memory_mb
 from stages.evaluate.quality import compare
+from stages.evaluate.speed import Contest, Sweep, far_behind, kept_precisions, sweep_runtime
 
 PROJECT = Path(__file__).parents[3]
 BATCH_SIZES = [4, 16]
@@ -41,6 +42,7 @@ def small_params(**latency: Any) -> Params:
         "baseline_batch_size": 8,
         "naive_length": 512,
         "naive_texts": 8,
+        "torch": [],
         **latency,
     }
     return parse_params(raw, "params.yaml")
@@ -127,10 +129,44 @@ def test_the_choice_is_that_of_the_metrics(evaluated: Evaluated) -> None:
         assert setting.runtime == name
 
 
+def test_precisions_are_kept_by_the_share_of_labels_that_they_keep() -> None:
+    assert kept_precisions(["f32", "bf16", "f16"], {"bf16": 0.994, "f16": 0.995}, 0.995) == ["f32", "f16"]
+    assert kept_precisions([None], {}, 1.0) == [None]
+
+
+def test_a_precision_that_changes_labels_is_never_chosen(model: ExportedModel, tiny_data: Path) -> None:
+    texts = pandas.read_parquet(tiny_data / "test.parquet")["text"].tolist()
+    labels = predict(model, open_runtime("onnxruntime-cpu", model), texts, 32)[0]
+    latency = small_params(single_texts=4, throughput_texts=4).evaluate.latency
+
+    def sweep(expected: numpy.ndarray) -> Sweep:
+        return sweep_runtime(Contest(model, [], [], {}, texts, expected, 0.995, latency, 0), "openvino-cpu")
+
+    wrong = sweep((labels + 1) % 3)
+    assert (wrong.throughput.precision, wrong.latency.precision) == ("f32", "f32")
+    assert set(wrong.agreement.values()) <= {0.0}
+    assert all(share > 0.9 for share in sweep(labels).agreement.values())
+
+
+def test_pytorch_takes_part_only_where_a_trial_shows_it_within_reach(model: ExportedModel, tiny_data: Path) -> None:
+    texts = pandas.read_parquet(tiny_data / "test.parquet")["text"].tolist()
+    contest = Contest(model, [], [], {}, texts, numpy.zeros(len(texts)), 1.0, small_params().evaluate.latency, 0)
+
+    def best(texts_per_second: float, milliseconds: float) -> dict[str, Sweep]:
+        return {"best": Sweep(DEFAULT, DEFAULT, 8, milliseconds, {8: texts_per_second}, {})}
+
+    assert far_behind(contest, "torch-eager", best(1e-9, 1e-9)) == ""
+    assert far_behind(contest, "torch-eager", best(1e9, 1e9)) == ""
+    reason = far_behind(contest, "torch-eager", best(1e9, 1e-9))
+    assert "texts a second where the best did 1000000000" in reason
+    assert "torch-none: no such runtime here" in far_behind(contest, "torch-none", best(1e9, 1e-9))
+
+
 def test_runtimes_that_saturate_are_left_out(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.evaluate.__main__.safe_runtimes", lambda model: ["onnxruntime-cpu"])
-    metrics = run_evaluate(make_run(small_params(single_texts=4, throughput_texts=4)))
-    assert set(metrics["runtimes"]) == {"onnxruntime-cpu"}
+    metrics = run_evaluate(make_run(small_params(single_texts=4, throughput_texts=4, torch=["eager"])))
+    assert set(metrics["runtimes"]) | set(metrics["left_out"]) == {"onnxruntime-cpu", "torch-eager"}
+    assert "openvino-cpu" not in metrics["runtimes"]
 
 
 def test_tables_hold_a_row_a_text(evaluated: Evaluated, tiny_data: Path) -> None:

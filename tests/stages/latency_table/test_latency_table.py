@@ -5,7 +5,7 @@ import numpy
 import onnx
 import pytest
 
-from stages.core.latency import open_bare
+from stages.core.latency import Deployment, open_bare
 from stages.core.runtimes import Goal
 from stages.core.structure import LayerWidth
 from stages.latency_table.graphs import EncoderShape, write_encoder
@@ -15,7 +15,7 @@ WIDTHS = [LayerWidth(2, 48), LayerWidth(0, 16), LayerWidth(3, 0), LayerWidth(0, 
 
 
 def _shape(quantized: bool) -> EncoderShape:
-    return EncoderShape(hidden=32, head_size=8, classes=3, quantized=quantized)
+    return EncoderShape(hidden=32, head_size=8, classes=3, deployment=Deployment(quantized, quantized, 21))
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.latency import LatencyTable
+from stages.core.latency import Deployment, LatencyTable
 from stages.prune.saliency import Saliency
 from stages.prune.search import Option, block_options, find_parts, least_loss, rearrange
 
 # Attention costs 10 a head, feed-forward 1 a neuron but for steps: 3 and 4 neurons take as long.
 TABLE = LatencyTable(
     runtime="onnxruntime-cpu",
-    quantized=False,
+    deployment=Deployment(False, False, 21),
     rest=5.0,
     shell=1.0,
     heads={1: 10.0, 2: 20.0},

@@ -5,8 +5,8 @@ import torch
 
 from stages.core.checkpoints import load_model
 from stages.core.errors import UserError
-from stages.core.latency import LatencyTable
-from stages.core.quantized import QuantizedLinear
+from stages.core.latency import Deployment, LatencyTable
+from stages.core.quantized import QuantizedEmbedding, QuantizedLinear
 from stages.core.structure import LayerWidth, encoder_layers, layer_widths
 from stages.prune.clock import deployment_form
 from stages.prune.layers import drop_layers
@@ -14,7 +14,7 @@ from stages.prune.saliency import Saliency
 from stages.prune.target import cut_to_speedup, nearest
 
 # A layer of 4 heads and 64 neurons takes 72; two of them and the rest 150.
-TABLE = LatencyTable("onnxruntime-cpu", False, 6.0, 0.0, {4: 8.0}, {64: 64.0}, 1.0)
+TABLE = LatencyTable("onnxruntime-cpu", Deployment(False, False, 21), 6.0, 0.0, {4: 8.0}, {64: 64.0}, 1.0)
 WHOLE = [LayerWidth(4, 64)] * 2
 
 
@@ -94,8 +94,12 @@ def test_more_layers_than_there_are_is_refused(model: torch.nn.Module) -> None:
         drop_layers(model, 3, lambda _: 0.0)
 
 
-def test_the_deployment_form_has_every_linear_of_encoder_and_pooler_in_int8(model: torch.nn.Module) -> None:
-    form = deployment_form(model, quantized=True)
-    assert sum(isinstance(part, QuantizedLinear) for part in form.modules()) == 2 * 6 + 1
-    assert not any(isinstance(part, QuantizedLinear) for part in model.modules())
-    assert not any(isinstance(part, QuantizedLinear) for part in deployment_form(model, quantized=False).modules())
+def test_the_deployment_form_is_that_of_the_quantize_stage(model: torch.nn.Module) -> None:
+    def counts(form: torch.nn.Module) -> list[int]:
+        kinds = (QuantizedLinear, QuantizedEmbedding, torch.nn.Embedding)
+        return [sum(isinstance(part, kind) for part in form.modules()) for kind in kinds]
+
+    assert counts(deployment_form(model, Deployment(True, True, 21))) == [2 * 6 + 1, 3, 0]
+    assert counts(deployment_form(model, Deployment(True, False, 21))) == [2 * 6 + 1, 0, 3]
+    assert counts(deployment_form(model, Deployment(False, False, 21))) == [0, 0, 3]
+    assert counts(model) == [0, 0, 3]
