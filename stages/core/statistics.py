@@ -194,8 +194,8 @@ def texts_to_show(discordance: float, margin: float, level: float, power: float 
     """
     if margin == 0.0:
         return None
-    paired = (ndtri(power) - ndtri(level)) ** 2 * discordance / margin**2
-    without = ndtri(level) ** 2 * (1 - margin) / margin
+    paired = float(ndtri(power) - ndtri(level)) ** 2 * discordance / margin**2
+    without = float(ndtri(level)) ** 2 * (1 - margin) / margin
     return math.ceil(max(paired, without))
 
 

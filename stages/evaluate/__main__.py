@@ -33,7 +33,7 @@ from stages.core.timing import watch_other_load
 from stages.evaluate.baselines import PyTorchService, naive_length, prepare_pytorch
 from stages.evaluate.calibration import at_temperature, fit_temperature, scaling_scores
 from stages.evaluate.comparison import compare, flip_table
-from stages.evaluate.embeddings import cluster, embed
+from stages.evaluate.embeddings import cluster
 from stages.evaluate.memory import serving_memory_mb
 from stages.evaluate.quality import (
     RELIABILITY,
@@ -114,7 +114,8 @@ def _measure_quality(
         flip_table(name, before, answers, test.labels, test.texts, model.labels) for name, before in others.items()
     ]
     pandas.concat(flips).to_csv(run.staging / "flips.csv", index=False, lineterminator="\n")
-    embedded = embed(model, test.texts, probabilities, _BATCH_SIZE)
+    clusters, places = cluster(model, table, test.labels, probabilities, params.embeddings, run.params.seed)
+    places.to_parquet(run.staging / "embeddings.parquet", index=False)
     against = {
         f"against_{name}": compare(answers, before, test.labels, run.params.quality, params, run.params.seed)
         for name, before in others.items()
@@ -122,7 +123,7 @@ def _measure_quality(
     return {
         **score_quality(probabilities, test.labels, model.labels, params.calibration_bins),
         **against,
-        "clusters": cluster(embedded, table, test.labels, params.embeddings, run.params.seed, run.staging),
+        "clusters": clusters,
     }
 
 

@@ -96,7 +96,7 @@ def flip_table(
         names: of the classes.
     """
     kinds = kinds_of_flips(before, after, labels)
-    changed = numpy.flatnonzero(kinds != "")
+    changed = numpy.flatnonzero(kinds != "").tolist()
     return pandas.DataFrame(
         {
             "against": against,

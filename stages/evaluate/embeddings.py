@@ -19,6 +19,7 @@ from stages.core.metrics import Array
 from stages.core.params import EmbeddingParams
 from stages.core.runtimes import ONNX_FILE, REFERENCE_RUNTIME, ExportedModel, open_runtime, prepare
 
+_BATCH_SIZE = 32
 _PRODUCTS = ("MatMul", "Gemm")
 _PERPLEXITY = 30.0  # van der Maaten & Hinton 2008 found anything from 5 to 50 to do
 
@@ -33,12 +34,12 @@ class Embedded:
     """float32 [texts, features]."""
 
 
-def embed(model: Exported, texts: Sequence[str], probabilities: Array, batch_size: int) -> Embedded:
+def embed(model: Exported, texts: Sequence[str], probabilities: Array) -> Embedded:
     """Turn texts into vectors: those that the output layer reads, or else the probabilities [texts, labels].
 
     A cascade answers with two models, whose vectors lie in two spaces: only its answers lie in one.
     """
-    hidden = _hidden(model, texts, batch_size) if isinstance(model, ExportedModel) else None
+    hidden = _hidden(model, texts) if isinstance(model, ExportedModel) else None
     return Embedded("probabilities", probabilities) if hidden is None else Embedded("hidden", hidden)
 
 
@@ -64,46 +65,51 @@ def draw_map(vectors: Array, method: str, seed: int) -> tuple[Array, float | Non
     Returns:
         [n, 2], and the share of the variance that it shows; None for t-SNE.
     """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
     if method == "pca":
+        from sklearn.decomposition import PCA
+
         plane = PCA(2, svd_solver="full").fit(vectors)
         return plane.transform(vectors), float(plane.explained_variance_ratio_.sum())
+    from sklearn.manifold import TSNE
+
     perplexity = min(_PERPLEXITY, (len(vectors) - 1) / 3)
     return TSNE(2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(vectors), None
 
 
 def cluster(
-    embedded: Embedded, texts: pandas.DataFrame, labels: Array, params: EmbeddingParams, seed: int, folder: Path
-) -> dict[str, float | str | int | None]:
-    """Measure how the vectors part the labels, and write embeddings.parquet: x, y, label, prediction, text.
+    model: Exported,
+    predictions: pandas.DataFrame,
+    labels: Array,
+    probabilities: Array,
+    params: EmbeddingParams,
+    seed: int,
+) -> tuple[dict[str, float | str | int | None], pandas.DataFrame]:
+    """Measure how the vectors of texts part the labels, and draw their map.
 
     Args:
-        embedded: all texts.
-        texts: columns label, prediction and text, in the same order.
+        model: exported.
+        predictions: columns text, label and prediction, a row a text.
         labels: class indices, [texts].
+        probabilities: of the model, [texts, classes].
         params: how many texts at most, and the kind of map.
         seed: of the sample and of t-SNE.
-        folder: to write into.
 
     Returns:
-        `space`, `texts`, `silhouette`, `map` and `variance_shown`.
+        `space`, `texts`, `silhouette`, `map` and `variance_shown`; and the map, columns x, y, label, prediction, text.
     """
     chosen = numpy.sort(numpy.random.default_rng(seed).permutation(len(labels))[: params.texts])
-    vectors = embedded.vectors[chosen]
-    places, shown = draw_map(vectors, params.map, seed)
-    table = texts.iloc[chosen][["label", "prediction", "text"]].reset_index(drop=True)
-    table.insert(0, "x", places[:, 0].astype("float64"))
-    table.insert(1, "y", places[:, 1].astype("float64"))
-    table.to_parquet(folder / "embeddings.parquet", index=False)
-    return {
+    table = predictions.iloc[chosen].reset_index(drop=True)
+    embedded = embed(model, table["text"].tolist(), probabilities[chosen])
+    places, shown = draw_map(embedded.vectors, params.map, seed)
+    x, y = places.astype("float64").T
+    figures: dict[str, float | str | int | None] = {
         "space": embedded.space,
         "texts": len(chosen),
-        "silhouette": silhouette(vectors, labels[chosen]),
+        "silhouette": silhouette(embedded.vectors, labels[chosen]),
         "map": params.map,
         "variance_shown": shown,
     }
+    return figures, table[["label", "prediction", "text"]].assign(x=x, y=y)[["x", "y", "label", "prediction", "text"]]
 
 
 def output_layer_input(graph: onnx.GraphProto) -> str | None:
@@ -121,7 +127,7 @@ def output_layer_input(graph: onnx.GraphProto) -> str | None:
     return None
 
 
-def _hidden(model: ExportedModel, texts: Sequence[str], batch_size: int) -> Array | None:
+def _hidden(model: ExportedModel, texts: Sequence[str]) -> Array | None:
     """Vectors [texts, features] before the output layer; None where the graph has none, or one a token."""
     proto = onnx.load(model.onnx_path)
     name = output_layer_input(proto.graph)
@@ -132,7 +138,7 @@ def _hidden(model: ExportedModel, texts: Sequence[str], batch_size: int) -> Arra
     with tempfile.TemporaryDirectory() as folder:
         onnx.save(proto, Path(folder) / ONNX_FILE)
         runtime = open_runtime(REFERENCE_RUNTIME, replace(model, folder=Path(folder)))
-        prepared = prepare(model, texts, batch_size)
+        prepared = prepare(model, texts, _BATCH_SIZE)
         parts = runtime.logits_many(prepared.batches)
     if parts[0].ndim != 2:
         return None
