@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from stages.core.metrics import Array, calibration_error, log_loss, softmax
 
 _TEMPERATURES = (0.02, 50.0)
-_SMALLEST_PROBABILITY = 1e-12
+_SMALLEST_PROBABILITY = float(numpy.finfo(numpy.float32).tiny)
 
 
 def calibration_scores(probabilities: Array, labels: Array, bins: int) -> dict[str, float]:
@@ -42,8 +42,8 @@ def brier_score(probabilities: Array, labels: Array) -> float:
 def at_temperature(probabilities: Array, temperature: float) -> Array:
     """Soften (above 1) or sharpen (below 1) probabilities [n, classes]; the answers stay the same.
 
-    Probabilities are as good as logits here: their logarithms differ from these by a constant a text. Nothing is
-    smaller than 1e-12, so that a probability rounded to 0 stays a number.
+    Probabilities are as good as logits here: their logarithms differ from these by a constant a text. What was rounded
+    to 0 counts as the smallest number of single precision.
     """
     logits = numpy.log(numpy.maximum(probabilities.astype(numpy.float64), _SMALLEST_PROBABILITY))
     return softmax(logits / temperature)
