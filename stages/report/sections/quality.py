@@ -17,6 +17,7 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.stats import binomtest
 
 from stages.core.artifacts import read_json
 from stages.core.errors import UserError
@@ -32,11 +33,12 @@ FAR_TEMPERATURE = 2.0
 label smoothing or a little overfitting does not do (Guo et al. 2017 fitted 1.1 to 2.5 to networks they call badly
 calibrated)."""
 EXAMPLES_OF_A_KIND = 4
-KINDS = {"right_to_wrong": "lost", "wrong_to_right": "won", "wrong_to_wrong": "wrong either way"}
+KINDS = {"right_to_wrong": "lost", "wrong_to_right": "won", "wrong_to_wrong": "moved"}
 
 _COLOURS = (ACCENT, SECOND, GOOD, BAD, MUTED, INK)
 _MARKERS = ("o", "^", "s", "D")
 _LONGEST_NAME = 18
+_BAR = 0.012
 
 
 @dataclass(frozen=True)
@@ -139,23 +141,24 @@ def draw_reliability(before: pandas.DataFrame, after: pandas.DataFrame | None) -
         before: columns confidence, accuracy and count, a row per bin.
         after: the same at the temperature; None where none was fitted.
     """
-    figure = new_figure(4.6, 3.6)
+    figure = new_figure(4.6, 3.9)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
-    curves = [("as it answers", ACCENT, "o-", before)]
+    curves = [("as it answers", ACCENT, "o", -1, before)]
     if after is not None:
-        curves.append(("at the fitted temperature", SECOND, "^--", after))
-    for label, colour, line, table in curves:
-        upper.plot(table["confidence"], table["accuracy"], line, color=colour, linewidth=1.6, markersize=5, label=label)
-        lower.plot(table["confidence"], table["count"], line, color=colour, linewidth=1.2, markersize=4)
+        curves.append(("at the fitted temperature", SECOND, "^", 1, after))
+    for label, colour, marker, side, table in curves:
+        low, high = _wilson(table)
+        upper.vlines(table["confidence"], low, high, color=colour, linewidth=1, alpha=0.6)
+        upper.plot(table["confidence"], table["accuracy"], marker, color=colour, markersize=5, label=label)
+        lower.bar(table["confidence"] + side * _BAR / 2, table["count"], width=_BAR, color=colour)
     upper.set_ylabel("share right")
-    upper.set_ylim(0, 1.04)
+    upper.set_ylim(-0.02, 1.04)
     upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     lower.set_ylabel("texts")
-    lower.set_ylim(bottom=0)
     lower.set_xlabel("confidence of the prediction")
     lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    least = min(float(table["confidence"].min()) for _, _, _, table in curves)
+    least = min(float(table["confidence"].min()) for *_, table in curves)
     lower.set_xlim(0.1 * int(10 * min(0.5, least)), 1.02)
     for axes in (upper, lower):
         axes.grid(color=GRID)
@@ -189,6 +192,15 @@ def draw_maps(maps: Mapping[str, pandas.DataFrame]) -> Figure:
             handles += axes.plot([], [], marker, color=colour, markersize=5, linewidth=0, label=name)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
     return figure
+
+
+def _wilson(table: pandas.DataFrame) -> tuple[list[float], list[float]]:
+    """Ends of the 95 % interval of each bin's share right (Wilson 1927)."""
+    ends = [
+        binomtest(round(share * count), int(count)).proportion_ci(0.95, method="wilson")
+        for share, count in zip(table["accuracy"], table["count"], strict=True)
+    ]
+    return [end.low for end in ends], [end.high for end in ends]
 
 
 def _cross_out(axes: Axes, wrong: pandas.DataFrame) -> None:
@@ -246,14 +258,18 @@ def _comparisons(metrics: Mapping[str, Mapping[str, Any]], role: str, final: str
     level = 1 - next(iter(against.values()))["confidence"]
     mcnemar = compare_variants({name: found["mcnemar_p"] for name, found in against.items()}, level)
     inferior = compare_variants({name: found["non_inferiority_p"] for name, found in against.items()}, level / 2)
+    claim = final if role == "reference" else None
+    shown = {
+        name: found["non_inferior"] if name == claim else inferior[name].significant for name, found in against.items()
+    }
     return [
         Comparison(
             title=TITLES[name],
             other=TITLES[PARENTS[name] if role == "parent" else CHAIN[0]],
             against=found,
             mcnemar=mcnemar[name],
-            verdict=_verdict(found, shown := found["non_inferior"] if name == final else inferior[name].significant),
-            good=shown,
+            verdict=_verdict(found, shown[name]),
+            good=shown[name],
         )
         for name, found in against.items()
     ]
@@ -274,8 +290,10 @@ def _per_class(first: Mapping[str, Any], final: Mapping[str, Any]) -> list[dict[
 
 def _examples(flips: pandas.DataFrame) -> list[dict[str, Any]]:
     """A few texts of each kind of flip, in the order of the test set."""
-    rows = [flips[flips["kind"] == kind].head(EXAMPLES_OF_A_KIND) for kind in KINDS]
-    return [{**row, "kind": KINDS[row["kind"]]} for row in pandas.concat(rows).to_dict("records")]
+    rows = pandas.concat([flips[flips["kind"] == kind].head(EXAMPLES_OF_A_KIND) for kind in KINDS])
+    return [
+        {str(name): value for name, value in row.items()} for row in rows.replace({"kind": KINDS}).to_dict("records")
+    ]
 
 
 def _reliability(folder: Path) -> tuple[pandas.DataFrame, pandas.DataFrame | None]:

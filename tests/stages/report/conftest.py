@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pandas
 import pytest
 
 from stages.core.artifacts import write_json, write_manifest
@@ -44,9 +45,16 @@ def variant_metrics(name: str, **changes: Any) -> dict[str, Any]:
         "peak_memory_mb": 412.5,
     }
     per_class = {
-        label: {"precision": 0.9 + index / 100, "recall": 0.97 - index / 100, "f1": 0.95, "support": support}
+        label: {
+            "precision": 0.9 + index / 100,
+            "recall": 0.97 - index / 100,
+            "f1": 0.95,
+            "support": support,
+            "roc_auc": 0.99,
+        }
         for index, (label, support) in enumerate(zip(LABELS, SUPPORT, strict=True))
     }
+    scaling = {"calibration_error": 0.021, "calibration_error_adaptive": 0.02, "brier": 0.08, "log_loss": 0.163}
     return (
         {
             "variant": name,
@@ -59,18 +67,21 @@ def variant_metrics(name: str, **changes: Any) -> dict[str, Any]:
                 "precision_weighted": accuracy,
                 "recall_weighted": accuracy,
                 "f1_weighted": accuracy - 0.001,
+                "precision_micro": accuracy,
+                "recall_micro": accuracy,
+                "f1_micro": accuracy,
+                "matthews": accuracy - 0.01,
+                "roc_auc": 0.996,
                 "calibration_error": 0.021,
+                "calibration_error_adaptive": 0.02,
+                "brier": 0.08,
                 "log_loss": 0.163,
             },
             "per_class": per_class,
-            "against_reference": {
-                "metric": "accuracy",
-                "difference": difference,
-                "low": low,
-                "high": high,
-                "confidence": 0.95,
-                "within_floor": True,
-            },
+            "against_reference": against(difference, low, high),
+            "against_parent": against(difference, low, high),
+            "clusters": {"space": "hidden", "texts": 60, "silhouette": 0.7, "map": "pca", "variance_shown": 0.55},
+            "temperature_scaling": {"temperature": 0.8, "before": scaling, "after": scaling},
             "size": {"parameters": parameters, "model_bytes": model_bytes},
             "runtimes": {
                 "onnxruntime-cpu": openvino
@@ -108,6 +119,28 @@ def variant_metrics(name: str, **changes: Any) -> dict[str, Any]:
         | ({"passed_on": 0.151} if name == "cascade" else {})
         | changes
     )
+
+
+def against(difference: float, low: float, high: float) -> dict[str, Any]:
+    """A comparison as `evaluate` tells it."""
+    return {
+        "metric": "accuracy",
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "confidence": 0.95,
+        "floor": 0.01,
+        "within_floor": True,
+        "surely_within_floor": low >= -0.01,
+        "non_inferior": True,
+        "non_inferiority_p": 0.004,
+        "non_inferiority_method": "score test",
+        "texts_to_show": 1901,
+        "mcnemar_p": 0.5,
+        "detectable_difference": 0.018,
+        "agreement": 0.98,
+        "flips": {"right_to_wrong": 5, "wrong_to_right": 4, "wrong_to_wrong": 1},
+    }
 
 
 @pytest.fixture
@@ -288,6 +321,13 @@ def _evaluate(folder: Path, name: str) -> None:
     _rows(folder / "confusion.csv", ["actual", "predicted"], pairs)
     bins = [(0.35, 0.4, 5), (0.52, 0.5, 8), (0.64, 0.6, 12), (0.77, 0.72, 19), (0.88, 0.9, 44), (0.97, 0.985, 450)]
     _rows(folder / "calibration.csv", ["confidence", "accuracy", "count"], bins)
+    _rows(folder / "calibration_scaled.csv", ["confidence", "accuracy", "count"], bins)
+    flip = ("What is a <b>caldera</b> ?", "DESC", "DESC", "ENTY", "right_to_wrong")
+    header = ["against", "text", "label", "before", "after", "kind"]
+    _rows(folder / "flips.csv", header, [("parent", *flip), ("reference", *flip)])
+    places = pandas.DataFrame(random.normal(size=(60, 2)), columns=["x", "y"])
+    places = places.assign(label=LABELS * 10, prediction=LABELS * 10, text="What is it ?")
+    places.to_parquet(folder / "embeddings.parquet", index=False)
     seal(folder)
 
 
