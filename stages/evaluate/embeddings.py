@@ -68,6 +68,8 @@ def draw_map(vectors: Array, method: str, seed: int) -> tuple[Array, float | Non
     if method == "pca":
         from sklearn.decomposition import PCA
 
+        if not numpy.ptp(vectors, axis=0).any():  # a model to which all texts are one
+            return numpy.zeros((len(vectors), 2)), 0.0
         plane = PCA(2, svd_solver="full").fit(vectors)
         return plane.transform(vectors), float(plane.explained_variance_ratio_.sum())
     from sklearn.manifold import TSNE

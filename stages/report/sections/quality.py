@@ -153,7 +153,7 @@ def draw_reliability(before: pandas.DataFrame, after: pandas.DataFrame | None) -
         upper.plot(table["confidence"], table["accuracy"], marker, color=colour, markersize=5, label=label)
         lower.bar(table["confidence"] + side * _BAR / 2, table["count"], width=_BAR, color=colour)
     upper.set_ylabel("share right")
-    upper.set_ylim(-0.02, 1.04)
+    upper.set_ylim(-0.06, 1.06)
     upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     lower.set_ylabel("texts")
     lower.set_xlabel("confidence of the prediction")

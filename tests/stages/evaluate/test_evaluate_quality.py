@@ -215,6 +215,12 @@ def test_the_plane_of_greatest_variance_shows_its_share() -> None:
     assert places.var(axis=0).sum() / vectors.var(axis=0).sum() == pytest.approx(shown)
 
 
+def test_a_model_to_which_all_texts_are_one_has_a_map_of_one_point() -> None:
+    places, shown = draw_map(numpy.ones((9, 4), dtype=numpy.float32), "pca", seed=0)
+    assert shown == 0.0
+    assert not places.any()
+
+
 def test_neighbours_stay_neighbours() -> None:
     groups = numpy.arange(24) % 2
     vectors = numpy.random.default_rng(2).normal(size=(24, 5)) + 20 * groups[:, None]
