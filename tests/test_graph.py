@@ -9,6 +9,7 @@ import yaml
 
 from flows.declarations import declaration_problems, module_of, sections_read, shared_code, table_in_readme
 from flows.graph import Stage, read_graph, stage_table
+from stages.core.ladder import PARENTS, VARIANTS
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [
@@ -73,6 +74,14 @@ def test_every_output_is_a_folder_of_its_stage_and_read_paths_are_declared() -> 
             "artifacts/fingerprint/corrections.json", "artifacts/fingerprint/checkpoints.json",
             "artifacts/fingerprint/arithmetic.json",
         }, stage.name  # fmt: skip
+
+
+def test_the_parent_of_a_model_is_that_of_the_ladder() -> None:
+    evaluated = yaml.safe_load(Path("dvc.yaml").read_text())["vars"][1]["evaluated"]
+    assert tuple(evaluated) == VARIANTS
+    for variant, folders in evaluated.items():
+        parent = PARENTS.get(variant)
+        assert folders["parent"] == (evaluated[parent]["model"] if parent else "artifacts/finetune/model")
 
 
 def test_what_measures_has_the_machine_to_itself_and_depends_on_it() -> None:

@@ -128,14 +128,30 @@ def _confusion_counts(predictions: Array, labels: Array, classes: int) -> Array:
     return numpy.stack(counts).reshape(-1, classes, classes)
 
 
-def _f1(metric: str, confusion: Array) -> Array:
-    true_positives = numpy.diagonal(confusion, axis1=1, axis2=2)
-    support, predicted = confusion.sum(axis=2), confusion.sum(axis=1)
-    f1 = 2 * true_positives / numpy.maximum(support + predicted, 1)
-    present = (support + predicted) > 0
-    weights = present if metric == "f1_macro" else support
+def score_counts(metric: str, right: Array, actual: Array, predicted: Array) -> Array:
+    """Score many samples from counts by class.
+
+    Args:
+        metric: accuracy, f1_macro or f1_weighted.
+        right: texts of each class that were predicted as such, [samples, classes].
+        actual: texts of each class, [samples, classes].
+        predicted: texts predicted as each class, [samples, classes].
+
+    Returns:
+        [samples].
+    """
+    if metric == "accuracy":
+        accuracy: Array = right.sum(axis=1) / actual.sum(axis=1)
+        return accuracy
+    f1 = 2 * right / numpy.maximum(actual + predicted, 1)
+    weights = (actual + predicted) > 0 if metric == "f1_macro" else actual
     result: Array = (f1 * weights).sum(axis=1) / weights.sum(axis=1)
     return result
+
+
+def _f1(metric: str, confusion: Array) -> Array:
+    right = numpy.diagonal(confusion, axis1=1, axis2=2)
+    return score_counts(metric, right, confusion.sum(axis=2), confusion.sum(axis=1))
 
 
 def _per_class(predictions: Array, labels: Array, names: Sequence[str]) -> dict[str, dict[str, float]]:

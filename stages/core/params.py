@@ -622,12 +622,25 @@ class LatencyParams(Section):
         return self
 
 
+class EmbeddingParams(Section):
+    """The map of the test texts as the model sees them."""
+
+    texts: Annotated[int, Field(ge=3)]
+    """At most so many; the silhouette compares each with every other."""
+    map: Literal["pca", "tsne"]
+    """pca: the plane of greatest variance; tsne: neighbours stay neighbours (van der Maaten & Hinton 2008), slower."""
+
+
 class EvaluateParams(Section):
     """How quality and speed are measured."""
 
     bootstrap_samples: Number
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
+    """Of every interval; tests are held to what it leaves over."""
     calibration_bins: Number
+    temperature_scaling: bool
+    """Fit one temperature on the validation texts and report what it would mend (1706.04599); never applied."""
+    embeddings: EmbeddingParams
     latency: LatencyParams
 
 

@@ -1,15 +1,27 @@
 """How good and how fast an exported model is on this machine, and what that is worth.
 
-In: the exported ONNX model, or a cascade of two, the fine-tuned PyTorch model it descends from, the tokenized data
-(test split).
-Out: `metrics.json` (quality, its difference to the fine-tuned model with an interval, speed on ONNX Runtime and
-OpenVINO, size, peak memory, both baselines, the share of the texts that a cascade passes on), `predictions.parquet`,
-`confusion.csv`, `calibration.csv`.
+In: the exported ONNX model, or a cascade of two; its parent, the exported model that it was made from (for the first,
+the fine-tuned checkpoint); the fine-tuned PyTorch model, which is the reference of all; the tokenized data (validation
+and test split).
+Out: `metrics.json` (quality, its difference to the fine-tuned model and to the parent with intervals and tests,
+clusters, calibration before and after a temperature, speed on ONNX Runtime and OpenVINO, size, peak memory, both
+baselines, the share of the texts that a cascade passes on), `predictions.parquet`, `confusion.csv`, `flips.csv` (every
+answer that is not the parent's or the reference's), `calibration.csv` and `calibration_scaled.csv` (the reliability
+curve, and that at the fitted temperature), `embeddings.parquet` (the map of the test texts).
 
 Quality. Predictions come from ONNX Runtime on the CPU; how often OpenVINO gives the same label is reported beside
-them. The difference to the fine-tuned model is taken on the same texts, with a paired bootstrap interval (Koehn 2004,
-"Statistical significance tests for machine translation evaluation"; Efron & Tibshirani 1993). Calibration error is
-the expected one (Guo et al., 1706.04599).
+them. Differences are taken on the same texts: a paired bootstrap with BCa intervals (Koehn 2004, "Statistical
+significance tests for machine translation evaluation"; Efron 1987), McNemar's exact test, a test of non-inferiority at
+the quality floor (Tango 1998), and the smallest difference that so many texts could have shown (Connor 1987). What is
+reported here holds for this model alone; whoever looks at several corrects for it (`stages/core/statistics.py`).
+
+Calibration. The expected calibration error over bins of equal width (Guo et al., 1706.04599) and of equal counts
+(Nguyen & O'Connor, 1508.05154), the Brier score and the log loss, as they are and at one temperature, which is fitted
+on validation texts. The temperature is reported and never applied.
+
+Clusters. What the exported model's output layer reads, taken from the ONNX file itself: how far apart the labels lie
+there (silhouette, Rousseeuw 1987) and a map in the plane. A cascade has no such layer of its own, so its answers are
+mapped, and `clusters.space` says `probabilities`.
 
 Choice. `runtime.json` says how to run the model on this machine, for latency and for throughput: the runtime, its
 threads, how many inferences side by side, the precision of its float arithmetic, and how many tokens a batch may hold.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy
+import pandas
 
 from stages.core.cascade import (
     CascadeModel,
@@ -25,12 +26,23 @@ from stages.core.encoding import read_tokenizer
 from stages.core.errors import UserError
 from stages.core.examples import Examples, load_examples, load_labels, load_pad_id
 from stages.core.judging import predict_logits
+from stages.core.metrics import Array
 from stages.core.runtimes import COMPILED, EAGER, REFERENCE_RUNTIME, available_runtimes, safe_runtimes
 from stages.core.stage import StageRun, command
 from stages.core.timing import watch_other_load
 from stages.evaluate.baselines import PyTorchService, naive_length, prepare_pytorch
+from stages.evaluate.calibration import at_temperature, fit_temperature, scaling_scores
+from stages.evaluate.comparison import compare, flip_table
+from stages.evaluate.embeddings import cluster
 from stages.evaluate.memory import serving_memory_mb
-from stages.evaluate.quality import compare, score_quality, write_tables
+from stages.evaluate.quality import (
+    RELIABILITY,
+    RELIABILITY_SCALED,
+    prediction_table,
+    score_quality,
+    write_reliability,
+    write_tables,
+)
 from stages.evaluate.speed import BASELINES, Contest, measure_speed
 
 _BATCH_SIZE = 32
@@ -59,8 +71,8 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     runtimes = _usable_runtimes(run, model)
     reference = predict_logits(network, whole.encode(test.texts), whole.pad_id).argmax(dim=1).numpy()
     predictions = probabilities.argmax(axis=1)
-    against = compare(predictions, reference, test.labels, run.params.quality, params, run.params.seed)
-    write_tables(run.staging, test.texts, test.labels, probabilities, model.labels, params.calibration_bins)
+    quality = _measure_quality(run, model, test, probabilities, reference)
+    quality |= _measure_scaling(run, model, runtime, probabilities, test.labels)
 
     run.say("speed beside both baselines")
     lengths = (None, naive)
@@ -79,8 +91,7 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     return {
         "variant": run.name.partition("@")[2],
         "texts": len(test),
-        **score_quality(probabilities, test.labels, model.labels, params),
-        "against_reference": against,
+        **quality,
         "size": {"parameters": model.parameters, "model_bytes": model.model_bytes},
         **_passed_on(model, runtime, test.texts),
         **speed,
@@ -96,6 +107,60 @@ def _read_test(run: StageRun, model: Exported) -> Examples:
             f"the model {', '.join(model.labels)}; run `dvc repro` to make both from the same data"
         )
     return load_examples(folder, "test")
+
+
+def _measure_quality(
+    run: StageRun, model: Exported, test: Examples, probabilities: Array, reference: Array
+) -> dict[str, Any]:
+    """Score the probabilities [texts, labels], alone and against two other models' answers; write the tables."""
+    params, answers = run.params.evaluate, probabilities.argmax(axis=1)
+    table = prediction_table(test.texts, test.labels, probabilities, model.labels)
+    write_tables(run.staging, table)
+    others = {"parent": _answers_of_parent(run, model, reference, test.texts), "reference": reference}
+    flips = [
+        flip_table(name, before, answers, test.labels, test.texts, model.labels) for name, before in others.items()
+    ]
+    pandas.concat(flips).to_csv(run.staging / "flips.csv", index=False, lineterminator="\n")
+    clusters, places = cluster(model, table, test.labels, probabilities, params.embeddings, run.params.seed)
+    places.to_parquet(run.staging / "embeddings.parquet", index=False)
+    against = {
+        f"against_{name}": compare(answers, before, test.labels, run.params.quality, params, run.params.seed)
+        for name, before in others.items()
+    }
+    return {
+        **score_quality(probabilities, test.labels, model.labels, params.calibration_bins),
+        **against,
+        "clusters": clusters,
+    }
+
+
+def _answers_of_parent(run: StageRun, model: Exported, reference: Array, texts: Sequence[str]) -> Array:
+    """Classes that the model predicted which this one was made from; for the first export that is the reference."""
+    if run.inputs["parent"] == run.inputs["reference"]:
+        return reference
+    parent = load_exported(run.inputs["parent"])
+    if parent.labels != model.labels:
+        raise UserError(
+            f"{parent.folder}: has labels {', '.join(parent.labels)}, {model.folder} has {', '.join(model.labels)}; "
+            "run `dvc repro` to make both from the same data"
+        )
+    return predict_exported(parent, open_exported(REFERENCE_RUNTIME, parent), texts, _BATCH_SIZE)[0]
+
+
+def _measure_scaling(
+    run: StageRun, model: Exported, runtime: ExportedRuntime, probabilities: Array, labels: Array
+) -> dict[str, Any]:
+    """Write the reliability curve and, where the params ask for it, what one temperature would make of it."""
+    params = run.params.evaluate
+    bins = params.calibration_bins
+    write_reliability(run.staging / RELIABILITY, probabilities, labels, bins)
+    if not params.temperature_scaling:
+        return {}
+    validation = load_examples(run.inputs["data"], "validation")
+    fitted_on = predict_exported(model, runtime, validation.texts, _BATCH_SIZE)[1]
+    temperature = fit_temperature(fitted_on, validation.labels)
+    write_reliability(run.staging / RELIABILITY_SCALED, at_temperature(probabilities, temperature), labels, bins)
+    return {"temperature_scaling": scaling_scores(probabilities, labels, temperature, bins)}
 
 
 def _passed_on(model: Exported, runtime: ExportedRuntime, texts: Sequence[str]) -> dict[str, float]:
@@ -147,4 +212,4 @@ def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("evaluate", run_evaluate, inputs=("model", "reference", "data"), variants=True)
+    command("evaluate", run_evaluate, inputs=("model", "parent", "reference", "data"), variants=True)

@@ -24,6 +24,7 @@ from stages.report.verdict import reach_verdict
 SECTIONS = (
     "ladder",
     "pareto",
+    "quality",
     "mistakes",
     "speed",
     "explanations",

@@ -16,6 +16,7 @@ from report_reading import EXPORTED, REPOSITORY, page_of, seal
 
 from stages.core.artifacts import write_json
 from stages.core.champions import CHAMPIONS, write_champions
+from stages.core.ladder import PARENTS
 from stages.core.ladder import VARIANTS as EVALUATED
 
 LABELS = ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
@@ -32,6 +33,9 @@ VARIANTS: dict[str, tuple[float, ...]] = {
 }
 
 
+_SCALING = {"calibration_error": 0.021, "calibration_error_adaptive": 0.02, "brier": 0.08, "log_loss": 0.163}
+
+
 def variant_metrics(name: str, **changes: Any) -> dict[str, Any]:
     """Metrics of `evaluate` for one variant; `changes` replace whole top-level parts."""
     over_fair, p50, p95, speed, model_bytes, parameters, accuracy, difference, low, high = VARIANTS[name]
@@ -40,14 +44,10 @@ def variant_metrics(name: str, **changes: Any) -> dict[str, Any]:
         "texts": sum(SUPPORT),
         "quality": _quality(accuracy),
         "per_class": _per_class(),
-        "against_reference": {
-            "metric": "accuracy",
-            "difference": difference,
-            "low": low,
-            "high": high,
-            "confidence": 0.95,
-            "within_floor": True,
-        },
+        "against_reference": against(difference, low, high),
+        "against_parent": against(difference, low, high),
+        "clusters": {"space": "hidden", "texts": 60, "silhouette": 0.7, "map": "pca", "variance_shown": 0.55},
+        "temperature_scaling": {"temperature": 0.8, "before": _SCALING, "after": _SCALING},
         "size": {"parameters": parameters, "model_bytes": model_bytes},
         **_speeds(p50, p95, speed),
         "baselines": {
@@ -73,14 +73,27 @@ def _quality(accuracy: float) -> dict[str, float]:
         "precision_weighted": accuracy,
         "recall_weighted": accuracy,
         "f1_weighted": accuracy - 0.001,
+        "precision_micro": accuracy,
+        "recall_micro": accuracy,
+        "f1_micro": accuracy,
+        "matthews": accuracy - 0.01,
+        "roc_auc": 0.996,
         "calibration_error": 0.021,
+        "calibration_error_adaptive": 0.02,
+        "brier": 0.08,
         "log_loss": 0.163,
     }
 
 
 def _per_class() -> dict[str, dict[str, float]]:
     return {
-        label: {"precision": 0.9 + index / 100, "recall": 0.97 - index / 100, "f1": 0.95, "support": support}
+        label: {
+            "precision": 0.9 + index / 100,
+            "recall": 0.97 - index / 100,
+            "f1": 0.95,
+            "support": support,
+            "roc_auc": 0.99,
+        }
         for index, (label, support) in enumerate(zip(LABELS, SUPPORT, strict=True))
     }
 
@@ -113,6 +126,28 @@ def _runtime(p50: float, p95: float, speed: float, memory_mb: float) -> dict[str
 def _baseline(padded_to: int | str, speed: float, p50: float) -> dict[str, Any]:
     latency = {"p50": p50, "p95": p50 * 1.2, "p99": p50 * 1.3}
     return {"padded_to": padded_to, "texts_per_second": speed, "latency_ms": latency}
+
+
+def against(difference: float, low: float, high: float) -> dict[str, Any]:
+    """A comparison as `evaluate` tells it."""
+    return {
+        "metric": "accuracy",
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "confidence": 0.95,
+        "floor": 0.01,
+        "within_floor": True,
+        "surely_within_floor": low >= -0.01,
+        "non_inferior": True,
+        "non_inferiority_p": 0.004,
+        "non_inferiority_method": "score test",
+        "texts_to_show": 1901,
+        "mcnemar_p": 0.5,
+        "detectable_difference": 0.018,
+        "agreement": 0.98,
+        "flips": {"right_to_wrong": 5, "wrong_to_right": 4, "wrong_to_wrong": 1},
+    }
 
 
 @pytest.fixture
@@ -321,8 +356,17 @@ def _evaluate(folder: Path, name: str) -> None:
     frame.assign(score=0.9).to_parquet(folder / "predictions.parquet", index=False)
     bins = [(0.35, 0.4, 5), (0.52, 0.5, 8), (0.64, 0.6, 12), (0.77, 0.72, 19), (0.88, 0.9, 44), (0.97, 0.985, 450)]
     _rows(folder / "calibration.csv", ["confidence", "accuracy", "count"], bins)
+    _rows(folder / "calibration_scaled.csv", ["confidence", "accuracy", "count"], bins)
+    flip = ("What is a <b>caldera</b> ?", "DESC", "DESC", "ENTY", "right_to_wrong")
+    header = ["against", "text", "label", "before", "after", "kind"]
+    _rows(folder / "flips.csv", header, [("parent", *flip), ("reference", *flip)])
+    places = pandas.DataFrame(random.normal(size=(60, 2)), columns=["x", "y"])
+    places = places.assign(label=LABELS * 10, prediction=LABELS * 10, text="What is it ?")
+    places.to_parquet(folder / "embeddings.parquet", index=False)
     artifacts = folder.parents[1]
-    seal(folder, model=artifacts / ("cascade" if name == "cascade" else f"export/{name}") / "model")
+    parent = "finetune/model" if name == "finetune" else f"export/{PARENTS[name]}/model"
+    model = artifacts / ("cascade" if name == "cascade" else f"export/{name}") / "model"
+    seal(folder, model=model, parent=artifacts / parent)
 
 
 def _deploy_check(folder: Path) -> None:
