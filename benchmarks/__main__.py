@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ceilings import measure_ceilings, operations_per_text
 from benchmarks.contenders import PEERS, REFERENCE, Contender, choose, headroom_contenders
 from benchmarks.measure import Plan, mean_tokens, measure, read_results
 from benchmarks.page import render_page, render_section
@@ -22,6 +21,7 @@ from benchmarks.picture import draw
 from benchmarks.summary import Row, fastest, make_rows, victories
 from benchmarks.workers import thread_settings
 from stages.core.artifacts import ARTIFACTS, write_json
+from stages.core.ceilings import measure_ceilings, operations_per_text
 from stages.core.errors import UserError
 from stages.core.examples import load_examples
 from stages.core.hardware import describe_hardware, package_versions, usable_processors

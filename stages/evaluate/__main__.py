@@ -23,14 +23,18 @@ from stages.core.checkpoints import load_model
 from stages.core.choice import RUNTIME_FILE, Setting, write_choice
 from stages.core.encoding import read_tokenizer
 from stages.core.errors import UserError
-from stages.core.examples import Examples, load_examples, load_labels, load_pad_id
+from stages.core.examples import Examples, load_examples, load_labels, load_pad_id, load_slice_columns
 from stages.core.judging import predict_logits
+from stages.core.metrics import Array
 from stages.core.runtimes import REFERENCE_RUNTIME, available_runtimes, safe_runtimes
 from stages.core.stage import StageRun, command
 from stages.core.timing import watch_other_load
 from stages.evaluate.baselines import PyTorchService, naive_length, prepare_pytorch
-from stages.evaluate.memory import serving_memory_mb
+from stages.evaluate.cost import Service, measure_cost, throughput_curves, write_cost_tables
+from stages.evaluate.fairness import measure_fairness
 from stages.evaluate.quality import compare, score_quality, write_tables
+from stages.evaluate.serving import watch_serving
+from stages.evaluate.slices import Texts, judge_slices, make_groupings, summarize_slices
 from stages.evaluate.speed import BASELINES, Contest, measure_speed
 
 _BATCH_SIZE = 32
@@ -61,11 +65,14 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     predictions = probabilities.argmax(axis=1)
     against = compare(predictions, reference, test.labels, run.params.quality, params, run.params.seed)
     write_tables(run.staging, test.texts, test.labels, probabilities, model.labels, params.calibration_bins)
+    slices = _judge_slices(run, test, predictions, reference)
 
     run.say("speed beside both baselines")
     lengths = (None, naive)
     services = {name: PyTorchService(network, whole, length) for name, length in zip(BASELINES, lengths, strict=True)}
-    speed = _measure_speed(run, Contest(model, runtimes, services, test.texts, params.latency, run.params.seed))
+    passed_on = _passed_on(model, runtime, test.texts)
+    contest = Contest(model, runtimes, services, test.texts, params.latency, run.params.seed)
+    speed = _measure_speed(run, contest, passed_on.get("passed_on", 0.0))
     for name in runtimes[1:]:
         others = predict_exported(model, open_exported(name, model), test.texts, _BATCH_SIZE)[0]
         speed["runtimes"][name]["agreement"] = float(numpy.mean(others == predictions))
@@ -74,8 +81,9 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
         "texts": len(test),
         **score_quality(probabilities, test.labels, model.labels, params),
         "against_reference": against,
+        **slices,
         "size": {"parameters": model.parameters, "model_bytes": model.model_bytes},
-        **_passed_on(model, runtime, test.texts),
+        **passed_on,
         **speed,
     }
 
@@ -89,6 +97,28 @@ def _read_test(run: StageRun, model: Exported) -> Examples:
             f"the model {', '.join(model.labels)}; run `dvc repro` to make both from the same data"
         )
     return load_examples(folder, "test")
+
+
+def _judge_slices(run: StageRun, test: Examples, predictions: Array, reference: Array) -> dict[str, Any]:
+    """Judge every slice and the gaps between groups; write slices.csv."""
+    params, data = run.params.evaluate, run.inputs["data"]
+    names = load_labels(data)
+    texts = Texts(
+        texts=test.texts,
+        labels=[names[label] for label in test.labels],
+        lengths=[len(row) for row in test.input_ids],
+        columns=load_slice_columns(data, "test"),
+        training=load_examples(data, "train").texts,
+    )
+    groupings = make_groupings(texts, params.slices)
+    smallest, confidence = params.slices.smallest, params.confidence
+    table = judge_slices(groupings, predictions, reference, test.labels, smallest, confidence)
+    table.to_csv(run.staging / "slices.csv", index=False, lineterminator="\n")
+    fairness = measure_fairness(
+        groupings, predictions, reference, test.labels, len(names),
+        smallest, params.bootstrap_samples, confidence, run.params.seed,
+    )  # fmt: skip
+    return {"slices": summarize_slices(table), "fairness": fairness}
 
 
 def _passed_on(model: Exported, runtime: ExportedRuntime, texts: Sequence[str]) -> dict[str, float]:
@@ -114,22 +144,32 @@ def _usable_runtimes(run: StageRun, model: Exported) -> list[str]:
     return usable
 
 
-def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:
-    """Measure speed, and how much memory a process that only serves takes at the batch size at which it is fastest."""
+def _measure_speed(run: StageRun, contest: Contest, passed_on: float) -> dict[str, Any]:
+    """Measure speed and cost; the memory is that of a process that only serves, in the setting that is fastest."""
     with watch_other_load() as other:
-        speed, settings = measure_speed(contest)
+        speed, settings, latencies = measure_speed(contest)
     if other.share > _NOTEWORTHY_LOAD:
         run.say(
             f"other work took {other.share:.0%} of the processors while timing, which slows PyTorch most; "
             "measure again on a quiet machine before you trust the ratios"
         )
-    texts = contest.sample(contest.params.throughput_texts)
-    for entry in speed["runtimes"].values():
-        setting = Setting(**entry["throughput_setting"])
-        entry["peak_memory_mb"] = serving_memory_mb(contest.model.folder, setting, texts)
-    speed["best"]["peak_memory_mb"] = speed["runtimes"][speed["best"]["throughput_runtime"]]["peak_memory_mb"]
+    texts, best = contest.sample(contest.params.throughput_texts), speed["best"]
+    serving = {
+        name: watch_serving(contest.model.folder, Setting(**entry["throughput_setting"]), texts)
+        for name, entry in speed["runtimes"].items()
+    }
+    for name, found in serving.items():
+        memory = {"peak_memory_mb": found.peak_memory_mb, "resident_memory_mb": found.resident_memory_mb}
+        speed["runtimes"][name] |= {**memory, "cold_start_seconds": found.cold_start_seconds}
+    first = serving[best["throughput_runtime"]]
+    best |= {"peak_memory_mb": first.peak_memory_mb, "resident_memory_mb": first.resident_memory_mb}
+    run.say("cost")
+    service = Service(contest.model, settings["throughput"], texts, best["texts_per_second"], passed_on)
+    params = run.params.evaluate.cost
+    cost = measure_cost(service, first, params)
+    write_cost_tables(run.staging, latencies, throughput_curves(service, params, run.params.seed))
     write_choice(run.staging / RUNTIME_FILE, settings, {"runtimes": speed["runtimes"], "other_load": other.share})
-    return {**speed, "other_load": other.share}
+    return {**speed, "cost": cost, "other_load": other.share}
 
 
 if __name__ == "__main__":

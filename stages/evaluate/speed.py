@@ -27,7 +27,7 @@ from stages.evaluate.baselines import PyTorchService
 
 BASELINES = ("fair", "naive")
 
-_CPU_RUNTIMES = (REFERENCE_RUNTIME, OpenVino.name)
+CPU_RUNTIMES = (REFERENCE_RUNTIME, OpenVino.name)
 _SHORT_TEXTS = 256  # enough to rank batch sizes, which differ by more than the noise of so many
 _SINGLE_TRIALS = 24
 _NAIVE_SINGLES_A_ROUND = 4
@@ -65,12 +65,16 @@ class Sweep:
     """Texts a second at each batch size."""
 
 
-def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]]:
+Latencies = dict[str, list[list[float]]]
+"""Milliseconds of one text at a time by contender, one list a round."""
+
+
+def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting], Latencies]:
     """Measure throughput and latency of every runtime and both baselines.
 
     Returns:
-        `runtimes`, `best`, `baselines` and `speedup` of the stage's metrics, without memory; and the settings that
-        won, for latency and for throughput.
+        `runtimes`, `best`, `baselines` and `speedup` of the stage's metrics, without memory; the settings that
+        won, for latency and for throughput; and all latencies.
     """
     swept = {name: _sweep(contest, name) for name in contest.runtimes}
     throughput = _throughput(contest, {name: sweep.throughput for name, sweep in swept.items()})
@@ -106,7 +110,7 @@ def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]
             },
         },
     }
-    return metrics, {"latency": swept[soonest].latency, "throughput": swept[fastest].throughput}
+    return metrics, {"latency": swept[soonest].latency, "throughput": swept[fastest].throughput}, latency
 
 
 def _sweep(contest: Contest, name: str) -> Sweep:
@@ -138,7 +142,7 @@ def _sweep(contest: Contest, name: str) -> Sweep:
 def _ways(name: str, goal: Goal) -> list[tuple[int | None, int | None]]:
     """Threads and streams worth trying, the likeliest first; a GPU has one way."""
     processors = thread_limit() or len(usable_processors())
-    if name not in _CPU_RUNTIMES or processors == 1:
+    if name not in CPU_RUNTIMES or processors == 1:
         return [(None, None)]
     if goal == "latency":
         return [(processors, 1), (1, 1)]
@@ -148,7 +152,7 @@ def _ways(name: str, goal: Goal) -> list[tuple[int | None, int | None]]:
 
 def _speed(contest: Contest, setting: Setting, texts: Sequence[str]) -> float:
     runtime = open_setting(setting, contest.model, "throughput")
-    work = _counting(partial(_answer_all, contest.model, runtime, setting, texts), len(texts))
+    work = counting(partial(_answer_all, contest.model, runtime, setting, texts), len(texts))
     work()
     with uncollected():
         return items_per_second(work)
@@ -171,17 +175,17 @@ def _throughput(contest: Contest, settings: Mapping[str, Setting]) -> dict[str, 
         runtime = open_setting(setting, contest.model, "throughput")
         work = partial(_answer_all, contest.model, runtime, setting, texts)
         work()  # OpenVINO prepares each shape when it first sees it, which a service does once in its life
-        contenders[name] = _counting(work, len(texts))
+        contenders[name] = counting(work, len(texts))
     for name, baseline_texts in zip(BASELINES, (texts, naive_texts), strict=True):
         service = contest.services[name]
         service.classify(baseline_texts[:1], 1)
-        contenders[name] = _counting(
+        contenders[name] = counting(
             partial(service.classify, baseline_texts, params.baseline_batch_size), len(baseline_texts)
         )
     return interleave(contenders, params.rounds, contest.seed, warm_up_rounds=0)
 
 
-def _latency(contest: Contest, settings: Mapping[str, Setting]) -> dict[str, list[list[float]]]:
+def _latency(contest: Contest, settings: Mapping[str, Setting]) -> Latencies:
     params = contest.params
     texts = contest.sample(params.single_texts)
     rounds = min(params.rounds, len(texts))
@@ -212,7 +216,9 @@ def _serve(service: PyTorchService, text: str) -> int:
     return service.classify([text], 1)[0]
 
 
-def _counting(work: Callable[[], object], count: int) -> Callable[[], int]:
+def counting(work: Callable[[], object], count: int) -> Callable[[], int]:
+    """Let work that answers `count` texts say so."""
+
     def counted() -> int:
         work()
         return count

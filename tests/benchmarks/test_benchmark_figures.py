@@ -12,7 +12,6 @@ import psutil
 import pytest
 from onnx import TensorProto, helper
 
-from benchmarks.ceilings import operations_per_text
 from benchmarks.contenders import (
     NAIVE,
     PEERS,
@@ -29,6 +28,7 @@ from benchmarks.peers.service import Answering, pad
 from benchmarks.picture import draw
 from benchmarks.summary import Row, fastest, make_rows, soonest, victories
 from benchmarks.workers import Worker, WorkerError, run_once
+from stages.core.ceilings import operations_per_text
 from stages.core.errors import UserError
 
 REFERENCE_CONTENDER = PEERS[0]

@@ -11,6 +11,7 @@ import numpy
 import pandas
 import pytest
 import yaml
+from stages.evaluate.memory import serving_memory_mb
 
 from stages.core.artifacts import read_json, write_json
 from stages.core.cascade import CascadeModel, open_exported, predict_exported
@@ -23,7 +24,6 @@ from stages.core.runtimes import ExportedModel, Goal, open_runtime, predict
 from stages.core.stage import StageRun
 from stages.evaluate.__main__ import run_evaluate
 from stages.evaluate.baselines import PyTorchService, naive_length
-from stages.evaluate.memory import serving_memory_mb
 from stages.evaluate.quality import compare
 
 PROJECT = Path(__file__).parents[3]
