@@ -5,7 +5,6 @@ And how much of it a model uses: its arithmetic per text, read from its graph.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,11 +141,14 @@ def _bandwidth() -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Median seconds of a call, after one that warms up; a slow machine gets fewer calls, to stay under a second."""
+    """Seconds of the fastest of some calls, after one that warms up: other work only ever slows a call down.
+
+    A slow machine gets fewer calls, to stay under a second.
+    """
     work()
     spent: list[float] = []
     while not spent or (len(spent) < _REPEATS and sum(spent) < _SECONDS):
         started = time.perf_counter()
         work()
         spent.append(time.perf_counter() - started)
-    return statistics.median(spent)
+    return min(spent)

@@ -11,7 +11,6 @@ import numpy
 import pandas
 import pytest
 import yaml
-from stages.evaluate.memory import serving_memory_mb
 
 from stages.core.artifacts import read_json, write_json
 from stages.core.cascade import CascadeModel, open_exported, predict_exported
@@ -25,6 +24,7 @@ from stages.core.stage import StageRun
 from stages.evaluate.__main__ import run_evaluate
 from stages.evaluate.baselines import PyTorchService, naive_length
 from stages.evaluate.quality import compare
+from stages.evaluate.serving import watch_serving
 
 PROJECT = Path(__file__).parents[3]
 BATCH_SIZES = [4, 16]
@@ -42,6 +42,13 @@ def small_params(**latency: Any) -> Params:
         "naive_length": 512,
         "naive_texts": 8,
         **latency,
+    }
+    raw["evaluate"]["cost"] |= {
+        "curve_batch_sizes": [1, 8],
+        "curve_lengths": [8, 24, 128],
+        "curve_tokens": 64,
+        "curve_rounds": 2,
+        "cold_starts": 1,
     }
     return parse_params(raw, "params.yaml")
 
@@ -148,6 +155,38 @@ def test_tables_hold_a_row_a_text(evaluated: Evaluated, tiny_data: Path) -> None
     assert calibration["count"].sum() == len(test)
 
 
+def test_cost_is_told_with_curves(evaluated: Evaluated) -> None:
+    metrics, folder = evaluated
+    cost = metrics["cost"]
+    assert cost["operations"]["int8"] == 0.0
+    words = pandas.read_parquet(folder / "predictions.parquet")["text"].str.split().str.len()
+    assert cost["operations"]["tokens"] == pytest.approx(words.mean() + 2, abs=2)  # a sample of 40 of the 45 texts
+    assert 0 < cost["ceilings"]["share"] < 1.5
+    assert cost["cold_start"]["low"] <= cost["cold_start"]["seconds"] <= cost["cold_start"]["high"]
+    assert "price_per_million_texts" not in cost
+    latency = pandas.read_csv(folder / "latency.csv")
+    assert set(latency["contender"]) == {"onnxruntime-cpu", "openvino-cpu", "fair", "naive"}
+    name = metrics["best"]["latency_runtime"]
+    own = latency[latency["contender"] == name].set_index("share")["milliseconds"]
+    assert own[0.5] == pytest.approx(metrics["best"]["latency_ms"]["p50"])
+    assert own.is_monotonic_increasing
+    curves = pandas.read_csv(folder / "throughput.csv")
+    # No text of the model is longer than 24 tokens, so a point at 128 would be one at 24.
+    assert curves.groupby("curve")["size"].apply(list).to_dict() == {"batch": [1, 8], "length": [8, 24]}
+    assert (curves["low"] <= curves["texts_per_second"]).all()
+    assert (curves["texts_per_second"] <= curves["high"]).all()
+
+
+def test_slices_of_the_export_of_the_reference_lost_nothing(evaluated: Evaluated) -> None:
+    metrics, folder = evaluated
+    table = pandas.read_csv(folder / "slices.csv")
+    assert metrics["slices"]["looked_at"] == len(table)
+    assert metrics["slices"]["hurt"] == 0
+    assert (table["difference"].dropna() == 0).all()
+    assert table[table["kind"] == "label"]["texts"].sum() == metrics["texts"]
+    assert metrics["fairness"]["length"]["accuracy"]["change"] == 0.0
+
+
 def test_other_labels_than_the_models_are_refused(make_run: MakeRun, tiny_data: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
@@ -207,4 +246,7 @@ def test_a_worse_variant_falls_below_the_floor() -> None:
 
 def test_memory_is_that_of_a_process_that_only_serves(exported_unit: Path) -> None:
     # This process holds PyTorch and more; a serving one holds a runtime and a tokenizer.
-    assert 20 < serving_memory_mb(exported_unit, DEFAULT, ["the cat", ""]) < 250
+    serving = watch_serving(exported_unit, DEFAULT, ["the cat", ""])
+    assert 20 < serving.resident_memory_mb <= serving.peak_memory_mb < 250
+    assert min(serving.import_seconds, serving.load_seconds, serving.answer_seconds) > 0
+    assert serving.cold_start_seconds < 60
