@@ -4,7 +4,8 @@ In: the exported ONNX model, or a cascade of two, the fine-tuned PyTorch model i
 (test split).
 Out: `metrics.json` (quality, its difference to the fine-tuned model with an interval, speed on ONNX Runtime and
 OpenVINO, size, memory, cost, slices, gaps between groups, both baselines, the share of the texts that a cascade passes
-on), `predictions.parquet`, `confusion.csv`, `calibration.csv`, `slices.csv`, `latency.csv`, `throughput.csv`.
+on), `predictions.parquet`, `confusion.csv`, `calibration.csv`, `slices.csv`, `latency.csv`,
+`throughput_batch.csv`, `throughput_length.csv`.
 
 Quality. Predictions come from ONNX Runtime on the CPU; how often OpenVINO gives the same label is reported beside
 them. The difference to the fine-tuned model is taken on the same texts, with a paired bootstrap interval (Koehn 2004,

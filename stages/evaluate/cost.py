@@ -244,9 +244,10 @@ def latency_quantiles(latencies: Mapping[str, Sequence[Sequence[float]]]) -> pan
 def write_cost_tables(
     folder: Path, latencies: Mapping[str, Sequence[Sequence[float]]], curves: pandas.DataFrame
 ) -> None:
-    """Write latency.csv and throughput.csv."""
+    """Write latency.csv, throughput_batch.csv and throughput_length.csv."""
     latency_quantiles(latencies).to_csv(folder / "latency.csv", index=False, lineterminator="\n")
-    curves.to_csv(folder / "throughput.csv", index=False, lineterminator="\n")
+    for name, points in curves.groupby("curve"):
+        points.drop(columns="curve").to_csv(folder / f"throughput_{name}.csv", index=False, lineterminator="\n")
 
 
 def _cycle(texts: Sequence[str], count: int) -> list[str]:

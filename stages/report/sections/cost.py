@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from stages.core.stage import METRICS
 from stages.report.drawing import ACCENT, BAD, GOOD, INK, MUTED, SECOND, bare, new_figure, style
 from stages.report.sections import Section
 
+BATCH_CURVE, LENGTH_CURVE = "throughput_batch.csv", "throughput_length.csv"
 _COLOURS = dict(zip(VARIANTS, (MUTED, SECOND, GOOD, ACCENT, BAD, INK), strict=True))
 
 
@@ -29,14 +30,13 @@ def section(inputs: Mapping[str, Path], params: Params) -> Section | None:
         return None
     rows = [_row(name, evaluations[name]) for name in known]
     latencies = {name: _quantiles(folders[name], evaluations[name]) for name in known}
-    curves = {name: pandas.read_csv(folders[name] / "throughput.csv") for name in known}
     shares = {name: share for name in known if (share := evaluations[name]["cost"]["ceilings"]["share"]) is not None}
     final = next(name for name in (*reversed(CHAIN), *VARIANTS) if name in known)
     with style("draw"):
         figures = {
             "cost_latency": draw_latency(latencies),
-            "cost_batch": draw_curves(curves, "batch", "texts in a batch"),
-            "cost_length": draw_curves(curves, "length", "tokens per text"),
+            "cost_batch": draw_curves(_curves(folders, known, BATCH_CURVE), "size", "texts in a batch"),
+            "cost_length": draw_curves(_curves(folders, known, LENGTH_CURVE), "tokens", "tokens per text"),
         }
         if shares:
             figures["cost_ceiling"] = draw_shares(shares)
@@ -67,7 +67,6 @@ def _row(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "variant": name,
         "runtime": best["throughput_runtime"],
-        "latency": best["latency_ms"],
         "texts_per_second": best["texts_per_second"],
         "cold_start": cost["cold_start"],
         "peak": best["peak_memory_mb"],
@@ -120,19 +119,22 @@ def draw_latency(latencies: Mapping[str, pandas.DataFrame]) -> Figure:
     return figure
 
 
-def draw_curves(curves: Mapping[str, pandas.DataFrame], curve: str, label: str) -> Figure:
+def _curves(folders: Mapping[str, Path], names: Sequence[str], file: str) -> dict[str, pandas.DataFrame]:
+    return {name: pandas.read_csv(folders[name] / file) for name in names}
+
+
+def draw_curves(curves: Mapping[str, pandas.DataFrame], across: str, label: str) -> Figure:
     """Draw texts per second over batch size or length, with the least and the most of the rounds as a band.
 
     Args:
-        curves: tables `throughput.csv`, by variant.
-        curve: batch or length.
+        curves: columns size, tokens, texts_per_second, low and high, by variant.
+        across: column of the horizontal axis.
         label: of the horizontal axis.
     """
     figure = new_figure(4.0, 3.1)
     axes = figure.subplots()
-    across = "size" if curve == "batch" else "tokens"
-    for name, table in curves.items():
-        points, colour = table[table["curve"] == curve], _COLOURS[name]
+    for name, points in curves.items():
+        colour = _COLOURS[name]
         axes.fill_between(points[across], points["low"], points["high"], color=colour, alpha=0.12, linewidth=0)
         axes.plot(
             points[across], points["texts_per_second"], "o-", color=colour, linewidth=1.6, markersize=4,

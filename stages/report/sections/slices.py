@@ -104,7 +104,7 @@ def _gap_rows(fairness: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
 
 def draw_worst(table: pandas.DataFrame) -> Figure:
     """Draw the difference to the fine-tuned model with its interval, a row per slice, in percentage points."""
-    figure = new_figure(6.4, 0.34 * len(table) + 0.9)
+    figure = new_figure(9.4, 0.3 * len(table) + 0.8)
     axes = figure.subplots()
     axes.axvline(0, color=MUTED, linewidth=0.9)
     for height, row in enumerate(table.itertuples()):

@@ -129,7 +129,7 @@ def test_the_test_is_the_exact_one(lost: int, gained: int) -> None:
 
 def test_holm_agrees_with_statsmodels() -> None:
     generator = numpy.random.default_rng(3)
-    for count in range(1, 31):
+    for count in (1, 2, 7, 30):
         p_values = numpy.round(generator.random(count) ** 4, 2)  # many small ones, and ties
         assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1], abs=1e-12)
 
