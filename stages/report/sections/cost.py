@@ -94,7 +94,8 @@ def _summary(final: str, metrics: Mapping[str, Any]) -> str:
 def _quantiles(folder: Path, metrics: Mapping[str, Any]) -> pandas.DataFrame:
     """Latency of the runtime that answers soonest."""
     table = pandas.read_csv(folder / "latency.csv")
-    return table[table["contender"] == metrics["best"]["latency_runtime"]]
+    own: pandas.DataFrame = table[table["contender"] == metrics["best"]["latency_runtime"]]
+    return own
 
 
 def draw_latency(latencies: Mapping[str, pandas.DataFrame]) -> Figure:

@@ -107,10 +107,10 @@ def draw_worst(table: pandas.DataFrame) -> Figure:
     figure = new_figure(9.4, 0.3 * len(table) + 0.8)
     axes = figure.subplots()
     axes.axvline(0, color=MUTED, linewidth=0.9)
-    for height, row in enumerate(table.itertuples()):
-        colour = BAD if row.hurt else ACCENT
-        axes.hlines(height, 100 * row.low, 100 * row.high, color=colour, linewidth=2)
-        axes.plot(100 * row.difference, height, "o", color=colour, markersize=7)
+    for height, row in enumerate(table.to_dict("records")):
+        colour = BAD if row["hurt"] else ACCENT
+        axes.hlines(height, 100 * row["low"], 100 * row["high"], color=colour, linewidth=2)
+        axes.plot(100 * row["difference"], height, "o", color=colour, markersize=7)
     bare(axes)
     axes.set_ylim(len(table) - 0.4, -0.6)
     titles = [f"{_short(title)} ({n:,})" for title, n in zip(table["title"], table["texts"], strict=True)]

@@ -17,11 +17,12 @@ from stages.core.cascade import CascadeModel, open_exported, predict_exported
 from stages.core.checkpoints import load_model
 from stages.core.choice import DEFAULT, Setting, read_choice
 from stages.core.errors import UserError
+from stages.core.examples import load_examples
 from stages.core.observe.tracking import RunRecord, flatten
 from stages.core.params import Params, QualityParams, parse_params
 from stages.core.runtimes import ExportedModel, Goal, open_runtime, predict
 from stages.core.stage import StageRun
-from stages.evaluate.__main__ import run_evaluate
+from stages.evaluate.__main__ import _judge_slices, run_evaluate
 from stages.evaluate.baselines import PyTorchService, naive_length
 from stages.evaluate.quality import compare
 from stages.evaluate.serving import watch_serving
@@ -194,6 +195,24 @@ def test_slices_of_the_export_of_the_reference_lost_nothing(evaluated: Evaluated
     assert (table["difference"].dropna() == 0).all()
     assert table[table["kind"] == "label"]["texts"].sum() == metrics["texts"]
     assert metrics["fairness"]["length"]["accuracy"]["change"] == 0.0
+
+
+def test_a_column_of_the_user_becomes_slices(make_run: MakeRun, tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    frame = pandas.read_parquet(data / "test.parquet")
+    frame["country"] = ["fr" if number < 20 else "de" for number in range(len(frame))]
+    frame.to_parquet(data / "test.parquet")
+    test, run = load_examples(data, "test"), make_run(small_params(), data)
+    predictions = test.labels.copy()
+    predictions[:15] = (predictions[:15] + 1) % 3
+    metrics = _judge_slices(run, test, predictions, test.labels)
+    table = pandas.read_csv(run.staging / "slices.csv")
+    assert table.loc[0, ["kind", "name", "value", "texts", "lost", "hurt"]].tolist() == [
+        "column", "country", "fr", 20, 15, True,
+    ]  # fmt: skip
+    assert metrics["slices"]["worst"] == "country: fr"
+    assert metrics["fairness"]["column country"]["accuracy"]["change"] == pytest.approx(0.75)
 
 
 def test_other_labels_than_the_models_are_refused(make_run: MakeRun, tiny_data: Path, tmp_path: Path) -> None:
