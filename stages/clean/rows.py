@@ -17,6 +17,8 @@ class Row:
     """Repaired."""
     key: str
     """`comparable` form of the repaired text."""
+    others: tuple[str, ...]
+    """Cells of the further columns, which travel as they are."""
 
     def relabelled(self, label: str) -> Row:
         """The same text under another label."""

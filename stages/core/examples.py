@@ -16,6 +16,7 @@ from stages.core.encoding import TOKENIZER_FILE, encode, read_tokenizer
 from stages.core.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+_OWN_COLUMNS = ("text", "label", "input_ids")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ def load_examples(data: Path, split: str, checkpoint: Path | None = None) -> Exa
 def load_dataset(path: Path) -> datasets.Dataset:
     """Open a Parquet file as a dataset, without a copy in a cache elsewhere."""
     return datasets.Dataset(pyarrow.parquet.read_table(path))
+
+
+def load_slice_columns(data: Path, split: str) -> dict[str, list[str]]:
+    """Read what the user's data says of each text of a split beside its label, by the name of the column."""
+    dataset = load_dataset(data / f"{split}.parquet")
+    return {name: list(dataset[name]) for name in dataset.column_names if name not in _OWN_COLUMNS}
 
 
 def load_labels(data: Path) -> list[str]:

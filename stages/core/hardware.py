@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -46,6 +48,7 @@ _FEATURES = {
     "sve": "sve",
 }
 _ROOT = Path("/")
+_RAPL = "sys/class/powercap/intel-rapl:0"
 _NVIDIA_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
 _SECONDS_FOR_NVIDIA_SMI = 20
 
@@ -145,6 +148,30 @@ def peak_memory_mb() -> float:
             return round(int(line.split()[1]) / 1024, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 1024), 1)
+
+
+def resident_memory_mb() -> float:
+    """Resident memory of this process now, in MiB."""
+    return round(psutil.Process().memory_info().rss / 2**20, 1)
+
+
+def energy_joules(root: Path = _ROOT) -> float | None:
+    """Energy that the processor package has taken so far, from a counter that starts anywhere and starts over.
+
+    Subtract two readings with `joules_between`. None where the machine does not tell, as most virtual ones do not, or
+    tells only its administrator.
+    """
+    reading = _read(root / _RAPL / "energy_uj").strip()
+    return int(reading) / 1e6 if reading.isdigit() else None
+
+
+def joules_between(before: float | None, after: float | None, root: Path = _ROOT) -> float | None:
+    """Energy taken between two readings of `energy_joules`, in joules; the counter may have started over once."""
+    if before is None or after is None:
+        return None
+    largest = _read(root / _RAPL / "max_energy_range_uj").strip()
+    over = int(largest) / 1e6 if after < before and largest.isdigit() else 0.0
+    return after - before + over
 
 
 def list_gpus() -> list[dict[str, Any]]:

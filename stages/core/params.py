@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,6 +27,7 @@ Number = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ExactVersion = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+!-]*$")]
 Precision = Literal["fp32", "bf16"]
+_OWN_COLUMNS = ("text", "label", "input_ids")
 
 
 class Section(BaseModel):
@@ -109,6 +111,17 @@ class DataParams(Section):
     """Turns a numeric score into labels; null takes the column as it is."""
     label_names: dict[str, str] | None
     """Renames labels, such as {"0": ham, "1": spam}; null keeps them."""
+    slice_columns: list[str]
+    """Columns that travel with the texts, such as country or device: `evaluate` judges each of their values apart."""
+
+    @model_validator(mode="after")
+    def _slices_beside_text_and_label(self) -> Self:
+        taken = [name for name in self.slice_columns if name in (self.text_column, self.label_column, *_OWN_COLUMNS)]
+        if taken:
+            raise ValueError(f"slice_columns: {taken[0]!r} is a name of the pipeline's own; rename the column")
+        if len(set(self.slice_columns)) < len(self.slice_columns):
+            raise ValueError("slice_columns must each be named once")
+        return self
 
 
 class SplitParams(Section):
@@ -631,6 +644,58 @@ class EmbeddingParams(Section):
     """pca: the plane of greatest variance; tsne: neighbours stay neighbours (van der Maaten & Hinton 2008), slower."""
 
 
+class CostParams(Section):
+    """What a variant costs to run, beside its speed."""
+
+    curve_batch_sizes: Annotated[list[Number], Field(min_length=1)]
+    """Batch sizes of the throughput curve, in texts."""
+    curve_lengths: Annotated[list[Annotated[int, Field(ge=4)]], Field(min_length=1)]
+    """Text lengths of the throughput curve, in tokens; those above the model's maximum are left out."""
+    curve_tokens: Number
+    """About so many tokens are answered per point and round."""
+    curve_rounds: Number
+    """Rounds in which the points take turns."""
+    cold_starts: Number
+    """Fresh processes started to time the first answer."""
+    price_per_hour: Positive | None
+    """Of this machine, in your currency; null tells no price."""
+
+
+class RuleParams(Section):
+    """Texts that belong together, told by a pattern."""
+
+    name: Annotated[str, Field(min_length=1)]
+    pattern: str
+    """Regular expression that the text must contain."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"{self.name}: pattern {self.pattern!r} is no regular expression: {error}") from None
+        return self
+
+
+class SliceParams(Section):
+    """Parts of the test texts that are judged apart, beside the columns of `acquire.data.slice_columns`."""
+
+    rules: list[RuleParams]
+    groups: Annotated[int, Field(ge=2)]
+    """Groups of equal size by length, by rarity of the words, and by each column of numbers."""
+    column_values: Number
+    """A column's most frequent values that get a slice each; all others share one."""
+    smallest: Number
+    """Slices of fewer texts are listed and not judged."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        names = [rule.name for rule in self.rules]
+        if len(set(names)) < len(names):
+            raise ValueError("rules must each have a name of their own")
+        return self
+
+
 class EvaluateParams(Section):
     """How quality and speed are measured."""
 
@@ -642,6 +707,8 @@ class EvaluateParams(Section):
     """Fit one temperature on the validation texts and report what it would mend (1706.04599); never applied."""
     embeddings: EmbeddingParams
     latency: LatencyParams
+    cost: CostParams
+    slices: SliceParams
 
 
 class FaithfulnessParams(Section):

@@ -41,7 +41,7 @@ from stages.core.artifacts import (
     write_manifest,
 )
 from stages.core.errors import UserError
-from stages.core.hardware import peak_memory_mb
+from stages.core.hardware import energy_joules, joules_between, peak_memory_mb
 from stages.core.observe.progress import say
 from stages.core.observe.tracking import RunRecord
 from stages.core.params import Params, load_params
@@ -54,7 +54,6 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 _SPARE_DISK_BYTES = 256 * 2**20
-_RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
 @dataclass
@@ -177,14 +176,14 @@ def _run_command(
 
 
 def _run_body(run: StageRun, body: Callable[[StageRun], dict[str, Any]]) -> None:
-    started, energy = time.monotonic(), _energy_joules()
+    started, energy = time.monotonic(), energy_joules()
     metrics = body(run)
-    spent = _energy_joules()
+    spent = joules_between(energy, energy_joules())
     measured = {
         "inputs": {role: digest(folder) for role, folder in run.inputs.items()},
         "wall_seconds": round(time.monotonic() - started, 3),
         "peak_memory_mb": peak_memory_mb(),
-        "energy_joules": None if energy is None or spent is None else round(spent - energy, 1),
+        "energy_joules": None if spent is None else round(spent, 1),
     }
     write_json(run.staging / METRICS, metrics)
     write_json(run.staging / MEASURED, measured)
@@ -295,11 +294,3 @@ def _state_key(name: str, params: Params, inputs: Mapping[str, Path]) -> str:
     folders = params.distill.checkpoints().values()
     named = [file_sha256(path) for folder in folders for path in sorted(Path(folder).rglob("*")) if path.is_file()]
     return text_sha256("\n".join([name, params.model_dump_json(exclude={"tracking"}), *sums, *named, *code]))[:16]
-
-
-def _energy_joules() -> float | None:
-    """Energy counter of the processor package where the machine tells."""
-    try:
-        return int(_RAPL.read_text()) / 1e6
-    except (OSError, ValueError):
-        return None

@@ -24,7 +24,7 @@ from stages.core.checkpoints import load_model
 from stages.core.choice import RUNTIME_FILE, Setting, open_setting, write_choice
 from stages.core.encoding import read_tokenizer
 from stages.core.errors import UserError
-from stages.core.examples import Examples, load_examples, load_labels, load_pad_id
+from stages.core.examples import Examples, load_examples, load_labels, load_pad_id, load_slice_columns
 from stages.core.judging import predict_logits
 from stages.core.metrics import Array
 from stages.core.runtimes import COMPILED, EAGER, REFERENCE_RUNTIME, available_runtimes, safe_runtimes
@@ -33,8 +33,9 @@ from stages.core.timing import watch_other_load
 from stages.evaluate.baselines import PyTorchService, naive_length, prepare_pytorch
 from stages.evaluate.calibration import at_temperature, fit_temperature, scaling_scores
 from stages.evaluate.comparison import compare, flip_table
+from stages.evaluate.cost import Service, measure_cost, throughput_curves, write_cost_tables
 from stages.evaluate.embeddings import cluster
-from stages.evaluate.memory import serving_memory_mb
+from stages.evaluate.fairness import measure_fairness
 from stages.evaluate.quality import (
     RELIABILITY,
     RELIABILITY_SCALED,
@@ -43,6 +44,8 @@ from stages.evaluate.quality import (
     write_reliability,
     write_tables,
 )
+from stages.evaluate.serving import watch_serving
+from stages.evaluate.slices import Texts, judge_slices, make_groupings, summarize_slices
 from stages.evaluate.speed import BASELINES, Contest, measure_speed
 
 _BATCH_SIZE = 32
@@ -73,17 +76,19 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
     predictions = probabilities.argmax(axis=1)
     quality = _measure_quality(run, model, test, probabilities, reference)
     quality |= _measure_scaling(run, model, runtime, probabilities, test.labels)
+    slices = _judge_slices(run, test, predictions, reference)
 
     run.say("speed beside both baselines")
     lengths = (None, naive)
     services = {name: PyTorchService(network, whole, length) for name, length in zip(BASELINES, lengths, strict=True)}
+    passed_on = _passed_on(model, runtime, test.texts)
     # Half of what quality may be lost is left to compression: no more labels than that may a precision change.
     least = 1.0 - run.params.quality.floor / 2
     candidates = [{"eager": EAGER, "compiled": COMPILED}[way] for way in params.latency.torch]
-    seed = run.params.seed
-    speed = _measure_speed(
-        run, Contest(model, runtimes, candidates, services, test.texts, predictions, least, params.latency, seed)
+    contest = Contest(
+        model, runtimes, candidates, services, test.texts, predictions, least, params.latency, run.params.seed
     )
+    speed = _measure_speed(run, contest, passed_on.get("passed_on", 0.0))
     for name in list(speed["runtimes"])[1:]:
         chosen = open_setting(Setting(**speed["runtimes"][name]["throughput_setting"]), model, "throughput")
         others = predict_exported(model, chosen, test.texts, _BATCH_SIZE)[0]
@@ -92,8 +97,9 @@ def run_evaluate(run: StageRun) -> dict[str, Any]:
         "variant": run.name.partition("@")[2],
         "texts": len(test),
         **quality,
+        **slices,
         "size": {"parameters": model.parameters, "model_bytes": model.model_bytes},
-        **_passed_on(model, runtime, test.texts),
+        **passed_on,
         **speed,
     }
 
@@ -163,6 +169,28 @@ def _measure_scaling(
     return {"temperature_scaling": scaling_scores(probabilities, labels, temperature, bins)}
 
 
+def _judge_slices(run: StageRun, test: Examples, predictions: Array, reference: Array) -> dict[str, Any]:
+    """Judge every slice and the gaps between groups; write slices.csv."""
+    params, data = run.params.evaluate, run.inputs["data"]
+    names = load_labels(data)
+    texts = Texts(
+        texts=test.texts,
+        labels=[names[label] for label in test.labels],
+        lengths=[len(row) for row in test.input_ids],
+        columns=load_slice_columns(data, "test"),
+        training=load_examples(data, "train").texts,
+    )
+    groupings = make_groupings(texts, params.slices)
+    smallest, confidence = params.slices.smallest, params.confidence
+    table = judge_slices(groupings, predictions, reference, test.labels, smallest, confidence)
+    table.to_csv(run.staging / "slices.csv", index=False, lineterminator="\n")
+    fairness = measure_fairness(
+        groupings, predictions, reference, test.labels, len(names),
+        smallest, params.bootstrap_samples, confidence, run.params.seed,
+    )  # fmt: skip
+    return {"slices": summarize_slices(table), "fairness": fairness}
+
+
 def _passed_on(model: Exported, runtime: ExportedRuntime, texts: Sequence[str]) -> dict[str, float]:
     """How much of the work a cascade leaves to its larger model; nothing for a single model."""
     if isinstance(model, CascadeModel) and isinstance(runtime, CascadeRuntime):
@@ -187,10 +215,10 @@ def _usable_runtimes(run: StageRun, model: Exported) -> list[str]:
     return usable
 
 
-def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:
-    """Measure speed, and how much memory a process that only serves takes at the batch size at which it is fastest."""
+def _measure_speed(run: StageRun, contest: Contest, passed_on: float) -> dict[str, Any]:
+    """Measure speed and cost; the memory is that of a process that only serves, in the setting that is fastest."""
     with watch_other_load() as other:
-        speed, settings = measure_speed(contest)
+        speed, settings, latencies = measure_speed(contest)
     for name, entry in speed["left_out"].items():
         run.say(f"{name}: left out, {entry['reason']}")
     if other.share > _NOTEWORTHY_LOAD:
@@ -198,17 +226,27 @@ def _measure_speed(run: StageRun, contest: Contest) -> dict[str, Any]:
             f"other work took {other.share:.0%} of the processors while timing, which slows PyTorch most; "
             "measure again on a quiet machine before you trust the ratios"
         )
-    texts = contest.sample(contest.params.throughput_texts)
-    for entry in speed["runtimes"].values():
-        setting = Setting(**entry["throughput_setting"])
-        entry["peak_memory_mb"] = serving_memory_mb(contest.model.folder, setting, texts)
-    speed["best"]["peak_memory_mb"] = speed["runtimes"][speed["best"]["throughput_runtime"]]["peak_memory_mb"]
+    texts, best = contest.sample(contest.params.throughput_texts), speed["best"]
+    serving = {
+        name: watch_serving(contest.model.folder, Setting(**entry["throughput_setting"]), texts)
+        for name, entry in speed["runtimes"].items()
+    }
+    for name, found in serving.items():
+        memory = {"peak_memory_mb": found.peak_memory_mb, "resident_memory_mb": found.resident_memory_mb}
+        speed["runtimes"][name] |= {**memory, "cold_start_seconds": found.cold_start_seconds}
+    first = serving[best["throughput_runtime"]]
+    best |= {"peak_memory_mb": first.peak_memory_mb, "resident_memory_mb": first.resident_memory_mb}
+    run.say("cost")
+    service = Service(contest.model, settings["throughput"], texts, best["texts_per_second"], passed_on)
+    params = run.params.evaluate.cost
+    cost = measure_cost(service, first, params)
+    write_cost_tables(run.staging, latencies, throughput_curves(service, params, run.params.seed))
     write_choice(
         run.staging / RUNTIME_FILE,
         settings,
         {"runtimes": speed["runtimes"], "left_out": speed["left_out"], "other_load": other.share},
     )
-    return {**speed, "other_load": other.share}
+    return {**speed, "cost": cost, "other_load": other.share}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from stages.evaluate.baselines import PyTorchService
 
 BASELINES = ("fair", "naive")
 
-_CPU_RUNTIMES = (REFERENCE_RUNTIME, OpenVino.name, EAGER, COMPILED)
+CPU_RUNTIMES = (REFERENCE_RUNTIME, OpenVino.name, EAGER, COMPILED)
 _SHORT_TEXTS = 256  # enough to rank batch sizes, which differ by more than the noise of so many
 _SINGLE_TRIALS = 24
 _BATCH_SIZE = 32
@@ -83,12 +83,16 @@ class Sweep:
     """Share of labels kept by each precision that loses something, whether it may be chosen or not."""
 
 
-def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]]:
+Latencies = dict[str, list[list[float]]]
+"""Milliseconds of one text at a time by contender, one list a round."""
+
+
+def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting], Latencies]:
     """Measure throughput and latency of every runtime and both baselines.
 
     Returns:
-        `runtimes`, `left_out`, `best`, `baselines` and `speedup` of the stage's metrics, without memory; and the
-        settings that won, for latency and for throughput.
+        `runtimes`, `left_out`, `best`, `baselines` and `speedup` of the stage's metrics, without memory; the settings
+        that won, for latency and for throughput; and all latencies.
     """
     swept = {name: sweep_runtime(contest, name) for name in contest.runtimes}
     left_out = {name: {"reason": reason} for name in contest.candidates if (reason := far_behind(contest, name, swept))}
@@ -130,7 +134,7 @@ def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]
             },
         },
     }
-    return metrics, {"latency": swept[soonest].latency, "throughput": swept[fastest].throughput}
+    return metrics, {"latency": swept[soonest].latency, "throughput": swept[fastest].throughput}, latency
 
 
 def sweep_runtime(contest: Contest, name: str) -> Sweep:
@@ -196,7 +200,7 @@ def _agreement(contest: Contest, name: str) -> dict[str, float]:
 def _ways(name: str, goal: Goal) -> list[tuple[int | None, int | None]]:
     """Threads and streams worth trying, the likeliest first; a GPU has one way."""
     processors = thread_limit() or len(usable_processors())
-    if name not in _CPU_RUNTIMES or processors == 1:
+    if name not in CPU_RUNTIMES or processors == 1:
         return [(None, None)]
     if goal == "latency":
         return [(processors, 1), (1, 1)]
@@ -228,7 +232,7 @@ def far_behind(contest: Contest, name: str, swept: Mapping[str, Sweep]) -> str:
 
 
 def _speed(contest: Contest, runtime: ExportedRuntime, setting: Setting, texts: Sequence[str]) -> float:
-    work = _counting(partial(_answer_all, contest.model, runtime, setting, texts), len(texts))
+    work = counting(partial(_answer_all, contest.model, runtime, setting, texts), len(texts))
     work()
     with uncollected():
         return items_per_second(work)
@@ -251,17 +255,17 @@ def _throughput(contest: Contest, settings: Mapping[str, Setting]) -> dict[str, 
         runtime = open_setting(setting, contest.model, "throughput")
         work = partial(_answer_all, contest.model, runtime, setting, texts)
         work()  # OpenVINO prepares each shape when it first sees it, which a service does once in its life
-        contenders[name] = _counting(work, len(texts))
+        contenders[name] = counting(work, len(texts))
     for name, baseline_texts in zip(BASELINES, (texts, naive_texts), strict=True):
         service = contest.services[name]
         service.classify(baseline_texts[:1], 1)
-        contenders[name] = _counting(
+        contenders[name] = counting(
             partial(service.classify, baseline_texts, params.baseline_batch_size), len(baseline_texts)
         )
     return interleave(contenders, params.rounds, contest.seed, warm_up_rounds=0)
 
 
-def _latency(contest: Contest, settings: Mapping[str, Setting]) -> dict[str, list[list[float]]]:
+def _latency(contest: Contest, settings: Mapping[str, Setting]) -> Latencies:
     params = contest.params
     texts = contest.sample(params.single_texts)
     rounds = min(params.rounds, len(texts))
@@ -292,7 +296,9 @@ def _serve(service: PyTorchService, text: str) -> int:
     return service.classify([text], 1)[0]
 
 
-def _counting(work: Callable[[], object], count: int) -> Callable[[], int]:
+def counting(work: Callable[[], object], count: int) -> Callable[[], int]:
+    """Let work that answers `count` texts say so."""
+
     def counted() -> int:
         work()
         return count

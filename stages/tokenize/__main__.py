@@ -80,6 +80,8 @@ def _tokenize_split(
 ) -> datasets.Dataset:
     index = {label: number for number, label in enumerate(labels)}
 
+    others = [name for name in dataset.column_names if name not in ("text", "label")]
+
     def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
         encoded = tokenizer(rows["text"], truncation=True, max_length=params.maximum_length)["input_ids"]
         return {"input_ids": encoded, "label": [index[label] for label in rows["label"]]}
@@ -89,12 +91,10 @@ def _tokenize_split(
             "text": datasets.Value("string"),
             "label": datasets.Value("int64"),
             "input_ids": datasets.Sequence(datasets.Value("int32")),
+            **{name: datasets.Value("string") for name in others},
         }
     )
-    columns = dataset.column_names
-    return dataset.map(
-        encode, batched=True, features=features, remove_columns=[c for c in columns if c != "text"], keep_in_memory=True
-    )
+    return dataset.map(encode, batched=True, features=features, remove_columns=["label"], keep_in_memory=True)
 
 
 def _pack_corpus(run: StageRun, tokenizer: Any, texts: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray]:

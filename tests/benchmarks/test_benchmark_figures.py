@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy
-import onnx
 import psutil
 import pytest
-from onnx import TensorProto, helper
 
-from benchmarks.ceilings import operations_per_text
 from benchmarks.contenders import (
     NAIVE,
     PEERS,
@@ -231,28 +228,6 @@ def test_texts_are_sorted_by_length_and_answers_come_in_their_order() -> None:
     assert model.lengths == [2, 4]
     assert Answering(model, _Words(), 0, by_length=False).classify(texts, 2) == [1, 2, 3, 4]
     assert model.lengths == [4, 3]
-
-
-def test_operations_count_tokens_before_the_selection_and_texts_after_it(tmp_path: Path) -> None:
-    weights = {"embedding": (50, 4), "first": (4, 6), "second": (6, 3)}
-    tensors = [onnx.numpy_helper.from_array(numpy.ones(shape, numpy.float32), name) for name, shape in weights.items()]
-    tensors.append(onnx.numpy_helper.from_array(numpy.array(0), "zero"))
-    nodes = [
-        helper.make_node("Gather", ["embedding", "ids"], ["tokens"]),
-        helper.make_node("MatMul", ["tokens", "first"], ["hidden"]),
-        helper.make_node("Gather", ["hidden", "zero"], ["pooled"], axis=1),
-        helper.make_node("MatMul", ["pooled", "second"], ["logits"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "classifier",
-        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "length"])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
-        tensors,
-    )
-    path = tmp_path / "model.onnx"
-    onnx.save(helper.make_model(graph), str(path))
-    assert operations_per_text(path, tokens=10.0) == 2 * 4 * 6 * 10 + 2 * 6 * 3
 
 
 def test_the_picture_holds_every_contender_that_ran(rows: list[Row], tmp_path: Path) -> None:

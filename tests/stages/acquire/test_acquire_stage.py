@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,6 +156,33 @@ def test_labels_are_renamed_whatever_their_type(acquire: Acquire, project: Path)
     told = {"source": {"kind": "local", "path": "data.parquet"}}
     _, out = acquire(data={**told, "label_names": {"0": "ham", "1": "spam"}})
     assert set(pandas.read_parquet(out / "data" / "train.parquet")["label"]) == {"ham", "spam"}
+
+
+def test_slice_columns_are_kept_as_text(acquire: Acquire, project: Path) -> None:
+    cells = {"country": ["de", None, " fr "], "year": [1999.0, None, 2004.5], "noise": [0, 1, 2]}
+    columns = {name: (values * 4)[:10] for name, values in cells.items()}
+    table = pandas.DataFrame({"text": [f"text {n}" for n in range(10)], "label": ["x", "y"] * 5, **columns})
+    table.to_parquet(project / "data.parquet")
+    told = {"source": {"kind": "local", "path": "data.parquet"}}
+    _, plain = acquire(data=told)
+    without = texts_of(plain, "test")
+    shutil.rmtree(plain)
+    _, out = acquire(data={**told, "slice_columns": ["country", "year"]})
+    frames = [pandas.read_parquet(out / "data" / f"{split}.parquet") for split in ("train", "validation", "test")]
+    whole = pandas.concat(frames).set_index("text")
+    assert list(frames[0].columns) == ["text", "label", "country", "year"]
+    assert whole.loc["text 0"].tolist() == ["x", "de", "1999"]
+    assert whole.loc["text 1"].tolist() == ["y", "", ""]
+    assert whole.loc["text 2"].tolist() == ["x", "fr", "2004.5"]
+    assert texts_of(out, "test") == without
+
+
+def test_a_slice_column_that_is_not_there_is_one_clear_line(acquire: Acquire, project: Path) -> None:
+    (project / "data.csv").write_text("text,label,land\na,x,de\nb,y,fr\n")
+    problem = refusal(acquire, data={"slice_columns": ["country"]})
+    assert problem == (
+        "acquire.data: data.csv: has no column 'country'; set slice_columns to one of 'text', 'label', 'land'"
+    )
 
 
 def test_blank_and_missing_texts_are_left_for_cleaning(acquire: Acquire, project: Path, helpers: Helpers) -> None:

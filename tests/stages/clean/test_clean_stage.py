@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from stages.clean.__main__ import run_clean
+from stages.clean.labelled import clean_labelled
+from stages.clean.ledger import Ledger
 from stages.core.artifacts import write_manifest
 from stages.core.errors import UserError
 from stages.core.observe.tracking import RunRecord
@@ -157,6 +159,18 @@ def test_near_duplicates_can_be_kept(clean: Clean) -> None:
     metrics, out = clean(near_duplicates=None)
     assert LONG + " x" in texts(out, "data/train.parquet")
     assert metrics["corpus"]["removed"]["near_leak"] == 0
+
+
+def test_further_columns_travel_with_their_texts() -> None:
+    rows = {
+        "train": [["This is one", "x", "de"], ["this is ONE", "x", "fr"], ["<i>Two</i>", "y", ""]],
+        "validation": [["Three of them", "x", "it"]],
+        "test": [["Four of them", "y", "at"]],
+    }
+    frames = {split: frame_of(["text", "label", "country"], found) for split, found in rows.items()}
+    cleaned = clean_labelled(frames, parse_params(raw_params(), "params.yaml").clean, Ledger())
+    assert cleaned["train"].to_numpy().tolist() == [["This is one", "x", "de"], ["Two", "y", ""]]
+    assert cleaned["test"]["country"].tolist() == ["at"]
 
 
 def test_an_empty_corpus_stays_empty(clean: Clean) -> None:

@@ -10,7 +10,9 @@ from stages.core import hardware
 from stages.core.hardware import (
     describe_cpu,
     describe_hardware,
+    energy_joules,
     int8_saturates,
+    joules_between,
     list_gpus,
     memory_gib,
     peak_memory_mb,
@@ -114,6 +116,21 @@ def test_memory_is_the_lower_of_machine_and_limit(tmp_path: Path) -> None:
     assert memory_gib(tmp_path) == 16.0
     write(tmp_path / "sys/fs/cgroup/memory.max", str(4 * 2**30))
     assert memory_gib(tmp_path) == 4.0
+
+
+def test_energy_is_told_in_joules_and_the_counter_may_start_over(tmp_path: Path) -> None:
+    assert energy_joules(tmp_path) is None
+    assert joules_between(None, None) is None
+    counter = tmp_path / "sys/class/powercap/intel-rapl:0"
+    write(counter / "energy_uj", "5000000\n")
+    write(counter / "max_energy_range_uj", "262143000000\n")
+    assert energy_joules(tmp_path) == 5.0
+    assert joules_between(2.0, 5.0, tmp_path) == 3.0
+    assert joules_between(262142.0, 5.0, tmp_path) == pytest.approx(6.0)
+
+
+def test_resident_memory_is_below_its_peak() -> None:
+    assert 5 < hardware.resident_memory_mb() <= hardware.peak_memory_mb()
 
 
 def fake_nvidia_smi(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,23 @@ def test_the_nearest_valid_name_is_offered_at_the_place_the_file_has_it(path: st
         ("quantize.smoothing.strengths", [0.5], "quantize.smoothing: strengths must hold 0.0"),
         ("tokenize.tokenizer", {"kind": "bpe", "vocabulary_size": 999, "lowercase": True}, "trains a new vocabulary"),
         ("acquire.checkpoint", {"kind": "scratch", "config": {}}, "scratch has no tokenizer"),
+        (
+            "acquire.data.slice_columns",
+            ["label"],
+            "acquire.data: slice_columns: 'label' is a name of the pipeline's own",
+        ),
+        ("acquire.data.slice_columns", ["a", "a"], "acquire.data: slice_columns must each be named once"),
+        (
+            "evaluate.slices.rules",
+            [{"name": "money", "pattern": "(dollar"}],
+            "evaluate.slices.rules[0]: money: pattern '(dollar' is no regular expression: missing ), "
+            "unterminated subpattern",
+        ),
+        (
+            "evaluate.slices.rules",
+            [{"name": "money", "pattern": "dollar"}] * 2,
+            "evaluate.slices: rules must each have a name of their own",
+        ),
     ],
 )
 def test_values_must_fit_each_other(path: str, value: object, message: str) -> None:

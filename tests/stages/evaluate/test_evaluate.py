@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy
 import pandas
 import pytest
 import yaml
@@ -16,13 +17,14 @@ from stages.core.cascade import CascadeModel, open_exported, predict_exported
 from stages.core.checkpoints import load_model
 from stages.core.choice import DEFAULT, Setting, read_choice
 from stages.core.errors import UserError
+from stages.core.examples import load_examples
 from stages.core.observe.tracking import RunRecord, flatten
 from stages.core.params import Params, parse_params
 from stages.core.runtimes import ExportedModel, Goal, open_runtime, predict
 from stages.core.stage import StageRun
-from stages.evaluate.__main__ import run_evaluate
+from stages.evaluate.__main__ import _judge_slices, run_evaluate
 from stages.evaluate.baselines import PyTorchService, naive_length
-from stages.evaluate.memory import serving_memory_mb
+from stages.evaluate.serving import watch_serving
 from stages.evaluate.speed import Contest, Sweep, far_behind, kept_precisions, sweep_runtime
 
 PROJECT = Path(__file__).parents[3]
@@ -43,10 +45,25 @@ def small_params(**latency: Any) -> Params:
         "torch": [],
         **latency,
     }
+    raw["evaluate"]["cost"] |= {
+        "curve_batch_sizes": [1, 8],
+        "curve_lengths": [8, 24, 128],
+        "curve_tokens": 64,
+        "curve_rounds": 2,
+        "cold_starts": 1,
+    }
     return parse_params(raw, "params.yaml")
 
 
 MakeRun = Callable[..., StageRun]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_ceilings() -> Iterator[None]:
+    """Small matrices: the ceilings of the machine that runs the tests are nobody's business."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.core.ceilings._SIZE", 256)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +219,57 @@ def test_tables_hold_a_row_a_text(evaluated: Evaluated, tiny_data: Path) -> None
     assert calibration["count"].sum() == len(test)
 
 
+def test_cost_is_told_with_curves(evaluated: Evaluated) -> None:
+    metrics, folder = evaluated
+    cost = metrics["cost"]
+    assert cost["operations"]["int8"] == 0.0
+    words = pandas.read_parquet(folder / "predictions.parquet")["text"].str.split().str.len()
+    assert cost["operations"]["tokens"] == pytest.approx(words.mean() + 2, abs=2)  # a sample of 40 of the 45 texts
+    assert cost["ceilings"]["share"] > 0
+    assert cost["cold_start"]["low"] <= cost["cold_start"]["seconds"] <= cost["cold_start"]["high"]
+    assert "price_per_million_texts" not in cost
+    latency = pandas.read_csv(folder / "latency.csv")
+    assert set(latency["contender"]) == {"onnxruntime-cpu", "openvino-cpu", "fair", "naive"}
+    name = metrics["best"]["latency_runtime"]
+    own = latency[latency["contender"] == name].set_index("share")["milliseconds"]
+    assert own[0.5] == pytest.approx(metrics["best"]["latency_ms"]["p50"])
+    assert own.is_monotonic_increasing
+    # No text of the model is longer than 24 tokens, so a point at 128 would be one at 24.
+    for name, sizes in (("batch", [1, 8]), ("length", [8, 24])):
+        curve = pandas.read_csv(folder / f"throughput_{name}.csv")
+        assert curve["size"].tolist() == sizes
+        assert (curve["low"] <= curve["texts_per_second"]).all()
+        assert (curve["texts_per_second"] <= curve["high"]).all()
+
+
+def test_slices_of_the_export_of_the_reference_lost_nothing(evaluated: Evaluated) -> None:
+    metrics, folder = evaluated
+    table = pandas.read_csv(folder / "slices.csv")
+    assert metrics["slices"]["looked_at"] == len(table)
+    assert metrics["slices"]["hurt"] == 0
+    assert (table["difference"].dropna() == 0).all()
+    assert table[table["kind"] == "label"]["texts"].sum() == metrics["texts"]
+    assert metrics["fairness"]["length"]["accuracy"]["change"] == 0.0
+
+
+def test_a_column_of_the_user_becomes_slices(make_run: MakeRun, tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    frame = pandas.read_parquet(data / "test.parquet")
+    frame["country"] = ["fr" if number < 20 else "de" for number in range(len(frame))]
+    frame.to_parquet(data / "test.parquet")
+    test, run = load_examples(data, "test"), make_run(small_params(), data)
+    predictions = test.labels.copy()
+    predictions[:15] = (predictions[:15] + 1) % 3
+    metrics = _judge_slices(run, test, predictions, test.labels)
+    table = pandas.read_csv(run.staging / "slices.csv")
+    assert table.loc[0, ["kind", "name", "value", "texts", "lost", "hurt"]].tolist() == [
+        "column", "country", "fr", 20, 15, True,
+    ]  # fmt: skip
+    assert metrics["slices"]["worst"] == "country: fr"
+    assert metrics["fairness"]["column country"]["accuracy"]["change"] == pytest.approx(0.75)
+
+
 def test_other_labels_than_the_models_are_refused(make_run: MakeRun, tiny_data: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
@@ -271,4 +339,7 @@ def test_padding_changes_the_speed_of_a_baseline_not_its_answers(
 
 def test_memory_is_that_of_a_process_that_only_serves(exported_unit: Path) -> None:
     # This process holds PyTorch and more; a serving one holds a runtime and a tokenizer.
-    assert 20 < serving_memory_mb(exported_unit, DEFAULT, ["the cat", ""]) < 250
+    serving = watch_serving(exported_unit, DEFAULT, ["the cat", ""])
+    assert 20 < serving.resident_memory_mb <= serving.peak_memory_mb < 250
+    assert min(serving.import_seconds, serving.load_seconds, serving.answer_seconds) > 0
+    assert serving.cold_start_seconds < 60

@@ -1,11 +1,14 @@
 from pathlib import Path
 
+import datasets
 import numpy
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.params import TrainedTokenizer
+from stages.core.params import TrainedTokenizer, parse_params
+from stages.tokenize.__main__ import _tokenize_split
 from stages.tokenize.pack import hold_out, pack, spread
 from stages.tokenize.train import train_tokenizer
 
@@ -69,3 +72,19 @@ def test_trained_tokenizers_know_their_texts(kind: str, tmp_path: Path) -> None:
     from stages.core.checkpoints import load_tokenizer
 
     assert load_tokenizer(tmp_path)("the quick fox")["input_ids"] == row
+
+
+def test_further_columns_travel_with_their_texts() -> None:
+    params = TrainedTokenizer(kind="wordpiece", vocabulary_size=120, lowercase=True)
+    tokenizer = train_tokenizer(params, TEXTS, maximum_length=16)
+    whole = yaml.safe_load((Path(__file__).parents[3] / "presets" / "tiny.yaml").read_text())
+    settings = parse_params(whole, "params.yaml").tokenize
+    plain = {"text": ["the fox", "a dog"], "label": ["y", "x"]}
+    tokenized = [
+        _tokenize_split(datasets.Dataset.from_dict(rows), tokenizer, settings, ["x", "y"])
+        for rows in (plain, {**plain, "country": ["de", ""]})
+    ]
+    assert tokenized[0].column_names == ["text", "label", "input_ids"]
+    assert tokenized[1].remove_columns("country").to_dict() == tokenized[0].to_dict()
+    assert tokenized[1]["country"][:] == ["de", ""]
+    assert tokenized[1]["label"][:] == [1, 0]

@@ -5,7 +5,6 @@ And how much of it a model uses: its arithmetic per text, read from its graph.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +14,26 @@ import onnx
 
 _SIZE = 2048
 _REPEATS = 7
+_SECONDS = 0.4
 _BYTES = 512 * 2**20
 _GIGA = 1e9
 _POOLING = ("Gather", "Slice", "GatherND")
 _BYPASSED = ("Shape", "Constant")
 _WEIGHT_CARRIERS = ("DequantizeLinear", "Transpose", "Cast", "Identity")
+_LAYOUT = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _FIRST_INPUT_ONLY = ("Reshape", "Expand", "Slice", "Squeeze", "Unsqueeze", "Gather")
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Measure giga-operations a second of matrix products, and gigabytes a second to and from memory.
+    """Measure `measure_products`, and as `bandwidth` gigabytes a second to and from memory."""
+    return {**measure_products(), "bandwidth": _bandwidth()}
+
+
+def measure_products() -> dict[str, float]:
+    """Measure giga-operations a second of products of square matrices, on all threads that PyTorch was given.
 
     The best of what is installed counts: PyTorch (oneDNN) for `fp32` and `bf16`; for `int8` PyTorch or ONNX Runtime.
+    Takes about two seconds.
     """
     import torch
 
@@ -41,11 +48,15 @@ def measure_ceilings() -> dict[str, float]:
         "fp32": work / _seconds(product(floats, floats)) / _GIGA,
         "bf16": work / _seconds(product(halves, halves)) / _GIGA,
         "int8": work / min(_seconds(lambda: torch._int_mm(integers, integers)), _seconds(_integer_product())) / _GIGA,
-        "bandwidth": _bandwidth(),
     }
 
 
 def operations_per_text(path: Path, tokens: float) -> float:
+    """Count the operations of a text of a mean number of tokens, of both kinds of `operations_by_kind` together."""
+    return sum(operations_by_kind(path, tokens).values())
+
+
+def operations_by_kind(path: Path, tokens: float) -> dict[str, float]:
     """Count the operations (a multiplication and an addition are two) of a text of a mean number of tokens.
 
     Products of activations with weights count: once per token, or once per text behind the selection of the first
@@ -54,12 +65,16 @@ def operations_per_text(path: Path, tokens: float) -> float:
     Args:
         path: of the ONNX file.
         tokens: of a text.
+
+    Returns:
+        `int8`: products of quantized activations with quantized weights; `float`: all others, those with weights that
+        are only stored in fewer bits included.
     """
     graph = onnx.load(str(path), load_external_data=False).graph
     shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     sources = {output: node for node in graph.node for output in node.output}
     pooled: set[str] = set()
-    total = 0.0
+    total = {"float": 0.0, "int8": 0.0}
     for node in graph.node:  # ONNX keeps nodes in topological order
         data = node.input[:1] if node.op_type in _FIRST_INPUT_ONLY else node.input
         selects = node.op_type in _POOLING and not _weight(node.input[0], shapes, sources) and _floating(node, sources)
@@ -68,8 +83,21 @@ def operations_per_text(path: Path, tokens: float) -> float:
             pooled.update(node.output)
         if "MatMul" in node.op_type or node.op_type in ("Gemm", "Attention"):
             weights = [shape for name in node.input if len(shape := _weight(name, shapes, sources)) == 2]
-            total += sum(2.0 * numpy.prod(shape) * (1.0 if behind else tokens) for shape in weights)
+            kind = "int8" if _multiplies_integers(node, sources) else "float"
+            total[kind] += float(sum(2.0 * numpy.prod(shape) * (1.0 if behind else tokens) for shape in weights))
     return total
+
+
+def _multiplies_integers(node: onnx.NodeProto, sources: dict[str, onnx.NodeProto]) -> bool:
+    """Whether both factors are quantized: runtimes then compute the product in integers."""
+    return "Integer" in node.op_type or all(_dequantized(name, sources) for name in node.input[:2])
+
+
+def _dequantized(name: str, sources: dict[str, onnx.NodeProto]) -> bool:
+    node = sources.get(name)
+    while node is not None and node.op_type in _LAYOUT:
+        node = sources.get(node.input[0])
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _floating(node: onnx.NodeProto, sources: dict[str, onnx.NodeProto]) -> bool:
@@ -113,11 +141,14 @@ def _bandwidth() -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Median seconds of a call, after one that warms up."""
+    """Seconds of the fastest of some calls, after one that warms up: other work only ever slows a call down.
+
+    A slow machine gets fewer calls, to stay under a second.
+    """
     work()
-    spent = []
-    for _ in range(_REPEATS):
+    spent: list[float] = []
+    while not spent or (len(spent) < _REPEATS and sum(spent) < _SECONDS):
         started = time.perf_counter()
         work()
         spent.append(time.perf_counter() - started)
-    return statistics.median(spent)
+    return min(spent)
