@@ -13,7 +13,7 @@ from flows.graph import Stage, read_graph, stage_table
 ROOT = Path(__file__).parents[1]
 ROOMS = [
     *["acquire", "clean", "tokenize", "pretrain", "finetune", "distill", "latency_table", "prune", "quantize"],
-    *["export", "cascade", "evaluate", "deploy_check", "report"],
+    *["export", "cascade", "evaluate", "robustness", "deploy_check", "report"],
 ]
 SERVED_AS_WELL = {"quantize_finetuned": "quantize"}
 """Stages whose room is named after another stage."""

@@ -1,8 +1,8 @@
 """Make texts worth learning from: repair what is broken, remove what misleads, and keep every reject with its reason.
 
 In go the raw splits, the same task's texts from other domains and the corpus; out come the units `data/` (the splits,
-and labels.json), `shifted/` and `corpus/`, and beside them rejects.parquet (every removed text with its reason and what it collided with), rules.csv (a count and an example
-per rule and split) and metrics.json.
+and labels.json), `shifted/` and `corpus/`, and beside them rejects.parquet (every removed text with its reason and what
+it collided with), rules.csv (a count and an example per rule and split) and metrics.json.
 
 Repairs: broken Unicode (ftfy; typographic quotes and full-width characters are not broken and stay, because the model
 will meet them in use), HTML tags and entities, control characters, spacing. Removals, in this order: empty, too short,
@@ -12,5 +12,6 @@ shingles; candidates from locality-sensitive hashing are confirmed by exact Jacc
 collide test is kept before validation before train, so that no score is flattered (Lee et al., 2107.06499). Corpus
 texts that equal, contain or nearly equal a text of test or validation are removed as well, for pretraining remembers
 (Brown et al., 2005.14165, appendix C). Texts of other domains are repaired in the same way, and only copies, texts of
-the task itself and those too short or too long are removed. Everything is deterministic: the first of several copies stays.
+the task itself and those too short or too long are removed. Everything is deterministic: the first of several copies
+stays.
 """

@@ -693,6 +693,8 @@ class RobustnessParams(Section):
     """Perturbations that may change what is right for this task: how many answers change is told, and no loss."""
     neutral_sentences: Annotated[list[str], Field(min_length=1)]
     """Of `length`; they must say nothing about any label."""
+    shifted_texts: Number | None
+    """Drawn of each other domain; null takes all."""
     foreign_texts: Count
     """Of the corpus, for the detection of texts unlike the task's own; 0 for none."""
     examples: Count
