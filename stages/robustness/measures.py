@@ -52,7 +52,7 @@ def mean_intervals(values: Array, samples: int, confidence: float, seed: int) ->
     """
     generator = numpy.random.default_rng(seed)
     sizes = [min(_DRAWS_AT_ONCE, samples - start) for start in range(0, samples, _DRAWS_AT_ONCE)]
-    means = [_shares(len(values), size, generator) @ values for size in sizes]
+    means = [_counts(len(values), size, generator) @ values / len(values) for size in sizes]
     low, high = numpy.quantile(numpy.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return low, high
 
@@ -88,16 +88,15 @@ def detection(own: Array, foreign: Array, samples: int, confidence: float, seed:
     generator = numpy.random.default_rng(seed)
     sizes = [min(_DRAWS_AT_ONCE, samples - start) for start in range(0, samples, _DRAWS_AT_ONCE)]
     areas = [
-        ((_shares(len(own), size, generator) @ pairs) * _shares(len(foreign), size, generator)).sum(axis=1)
+        ((_counts(len(own), size, generator) @ pairs) * _counts(len(foreign), size, generator)).sum(axis=1)
         for size in sizes
     ]
-    low, high = numpy.quantile(numpy.concatenate(areas), [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = numpy.quantile(numpy.concatenate(areas) / pairs.size, [(1 - confidence) / 2, (1 + confidence) / 2])
     return {"auroc": auroc, "low": float(low), "high": float(high)}
 
 
-def _shares(texts: int, samples: int, generator: numpy.random.Generator) -> Array:
-    """Draw texts with replacement; return the share of each text in each sample, [samples, texts]."""
+def _counts(texts: int, samples: int, generator: numpy.random.Generator) -> Array:
+    """Draw texts with replacement; return how often each is in each sample, [samples, texts]."""
     drawn = generator.integers(0, texts, size=(samples, texts)) + texts * numpy.arange(samples)[:, None]
-    counts = numpy.bincount(drawn.ravel(), minlength=samples * texts)
-    shares: Array = counts.reshape(samples, texts) / texts
-    return shares
+    counts: Array = numpy.bincount(drawn.ravel(), minlength=samples * texts).reshape(samples, texts)
+    return counts
