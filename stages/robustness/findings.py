@@ -15,7 +15,7 @@ from stages.robustness.measures import (
     accuracy_interval,
     detection,
     each_of_many,
-    losses,
+    lost_copies,
     mean_intervals,
     perturbation_measures,
 )
@@ -39,7 +39,7 @@ def perturbation_rows(
         return {}
     labels, strengths = texts.test.labels, params.strengths()
     own, theirs = (
-        numpy.stack([losses(said[TEST].labels, texts.of_copies(name, said), labels) for name in names], axis=1)
+        numpy.stack([lost_copies(said[TEST].labels, texts.of_copies(name, said), labels) for name in names], axis=1)
         for said in (answers, reference)
     )
     low, high = mean_intervals(own, params.bootstrap_samples, params.confidence, seed)
@@ -52,14 +52,14 @@ def perturbation_rows(
             "strength": strengths[name],
             "changed": texts.changed(name),
             **perturbation_measures(answers[TEST].labels, texts.of_copies(name, answers), labels),
-            "drop_low": float(low[place]),
-            "drop_high": float(high[place]),
+            "drop_low": float(low[place]) / params.copies,
+            "drop_high": float(high[place]) / params.copies,
             "reference_accuracy": base["accuracy"],
             "reference_drop": base["drop"],
             "reference_worst_case": base["worst_case"],
-            "extra_drop": float((own - theirs)[:, place].mean()),
-            "extra_low": float(extra_low[place]),
-            "extra_high": float(extra_high[place]),
+            "extra_drop": float((own - theirs)[:, place].mean()) / params.copies,
+            "extra_low": float(extra_low[place]) / params.copies,
+            "extra_high": float(extra_high[place]) / params.copies,
             "hurts_more": bool(extra_low[place] > 0.0),
         }
     return rows
@@ -141,7 +141,7 @@ def overall(rows: Mapping[str, Mapping[str, Any]], right_everywhere: Array) -> d
 
 def right_everywhere(texts: Texts, answers: Mapping[str, Answers], params: RobustnessParams) -> Array:
     """Whether a text is answered right however it is changed, [texts]; the clean text counts too."""
-    right = answers[TEST].labels == texts.test.labels
+    right: Array = answers[TEST].labels == texts.test.labels
     for name in keeping_label(texts, params):
         right = right & (texts.of_copies(name, answers) == texts.test.labels).all(axis=0)
     return right

@@ -32,9 +32,12 @@ def perturbation_measures(clean: Array, perturbed: Array, labels: Array) -> dict
     }
 
 
-def losses(clean: Array, perturbed: Array, labels: Array) -> Array:
-    """How much of each text is lost by perturbing it, [texts]: whether it was right, less the share of right copies."""
-    lost: Array = (clean == labels) - (perturbed == labels).mean(axis=0)
+def lost_copies(clean: Array, perturbed: Array, labels: Array) -> Array:
+    """How many copies of each text are wrong where the text was right, less how many are right where it was wrong.
+
+    Whole numbers, [texts], so that differences of them that are zero are exactly that.
+    """
+    lost: Array = len(perturbed) * (clean == labels).astype(numpy.int64) - (perturbed == labels).sum(axis=0)
     return lost
 
 

@@ -154,7 +154,10 @@ def detection_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, A
 def read_examples(folder: Path) -> list[dict[str, Any]]:
     """Read a few texts that the final model gets wrong once changed, the surest mistakes of each perturbation."""
     table = pandas.read_parquet(folder / "examples.parquet").groupby("perturbation", sort=False).head(_EXAMPLES_EACH)
-    return [{**row, "perturbation": _title(row["perturbation"])} for row in table.to_dict("records")]
+    names = [_title(name) for name in table["perturbation"]]
+    return [
+        {str(key): value for key, value in row.items()} for row in table.assign(perturbation=names).to_dict("records")
+    ]
 
 
 def draw_drops(own: Mapping[str, Any], reference: Mapping[str, Any] | None, final: str) -> Figure:

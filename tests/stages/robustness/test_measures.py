@@ -10,7 +10,7 @@ from stages.robustness.measures import (
     accuracy_interval,
     detection,
     each_of_many,
-    losses,
+    lost_copies,
     mean_intervals,
     perturbation_measures,
 )
@@ -25,14 +25,14 @@ def test_perturbations_are_scored_as_by_hand() -> None:
     assert perturbation_measures(CLEAN, COPIES, LABELS) == {
         "accuracy": 4 / 8, "drop": 0.0, "worst_case": 1 / 4, "consistency": 6 / 8,
     }  # fmt: skip
-    assert losses(CLEAN, COPIES, LABELS).tolist() == [0.0, 0.5, -0.5, 0.0]
+    assert lost_copies(CLEAN, COPIES, LABELS).tolist() == [0, 1, -1, 0]
 
 
 def test_the_drop_is_the_mean_loss() -> None:
     generator = numpy.random.default_rng(1)
     labels, clean, copies = (generator.integers(0, 3, size) for size in (50, 50, (4, 50)))
     drop = perturbation_measures(clean, copies, labels)["drop"]
-    assert drop == pytest.approx(losses(clean, copies, labels).mean())
+    assert drop == pytest.approx(lost_copies(clean, copies, labels).mean() / 4)
 
 
 def test_intervals_agree_with_scipy() -> None:
