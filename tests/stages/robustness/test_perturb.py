@@ -21,7 +21,7 @@ WORDS = st.lists(
     ),
     min_size=1,
 )
-ENGLISH = st.lists(WORDS, min_size=1).map(" ".join)
+ENGLISH = WORDS.map(" ".join)
 STRENGTHS = st.floats(0.0, 1.0)
 
 
