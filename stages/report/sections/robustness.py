@@ -130,7 +130,7 @@ def shift_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
     rows = [
         {"model": TITLES[name], "domain": domain, **row}
         for name, each in metrics.items()
-        for domain, row in each["shift"].items()
+        for domain, row in sorted(each["shift"].items(), key=lambda item: item[0] != "test")
     ]
     return rows if any(row["domain"] != "test" for row in rows) else []
 
