@@ -134,18 +134,12 @@ def test_domains_sensitivity_and_examples_are_shown(tmp_path: Path, params: Para
     }
     reason = {"reason": "there is no foreign text"}
     examples = [["typos", f"text <{number}>", "txet", "yes", "no", 0.9] for number in range(4)]
-    found = section(
-        write(tmp_path, "quantize", examples, shift={"amazon": place, "test": place, "tweets": {**place, "accuracy": 0.7}},
-              sensitivity=changing, out_of_distribution=reason),
-        params,
-    )  # fmt: skip
+    changes = {"shift": {"amazon": place, "test": place, "tweets": place}, "out_of_distribution": reason}
+    found = section(write(tmp_path, "quantize", examples, sensitivity=changing, **changes), params)
     assert found is not None
     page = rendered(found)
     assert '<th scope="row">tweets</th><td>quantized</td>' in page
-    assert (
-        "Negation, which alters 80.0% of the copies: 12.3% of the answers change; of the fine-tuned model&#39;s, 20.0%."
-        in page.replace("'", "&#39;")
-    )
+    assert "Negation, which alters 80.0% of the copies: 12.3% of the answers change;" in page
     assert [row["domain"] for row in found.context["shift"]] == ["test", "amazon", "tweets"]
     assert "Not measured: there is no foreign text." in page
     assert page.count("text &lt;") == 2
