@@ -14,7 +14,7 @@ from stages.core.ladder import PARENTS, VARIANTS
 ROOT = Path(__file__).parents[1]
 ROOMS = [
     *["acquire", "clean", "tokenize", "pretrain", "finetune", "distill", "latency_table", "prune", "quantize"],
-    *["export", "cascade", "evaluate", "explain", "deploy_check", "review", "report"],
+    *["export", "cascade", "evaluate", "robustness", "explain", "deploy_check", "review", "report"],
 ]
 SERVED_AS_WELL = {"quantize_finetuned": "quantize"}
 """Stages whose room is named after another stage."""

@@ -24,7 +24,7 @@ STAGES = [
     *["fingerprint", "acquire", "clean", "tokenize", "pretrain", "latency_table", *VARIANTS],
     *[f"export@{variant}" for variant in VARIANTS],
     "cascade",
-    *[f"evaluate@{variant}" for variant in (*VARIANTS, "cascade")],
+    *[f"{stage}@{variant}" for stage in ("evaluate", "robustness") for variant in (*VARIANTS, "cascade")],
     "explain",
     *["deploy_check", "report", "register"],
 ]

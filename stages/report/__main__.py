@@ -23,11 +23,9 @@ _INPUTS = (
     *("quantize", "quantize_finetuned"),
     *(f"export@{variant}" for variant in (*CHAIN, "quantize_finetuned")),
     "cascade",
-    *(f"evaluate@{variant}" for variant in VARIANTS),
+    *(f"{stage}@{variant}" for stage in ("evaluate", "robustness") for variant in VARIANTS),
     *("explain", "deploy_check", "review", "history"),
 )
-# What the page tells more of where the graph has it.
-_OPTIONAL = tuple(f"robustness@{variant}" for variant in VARIANTS)
 
 _MOST_BYTES = 3_000_000
 
@@ -86,4 +84,4 @@ def summarize(rows: Sequence[LadderRow]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("report", run_report, inputs=_INPUTS, optional=_OPTIONAL)
+    command("report", run_report, inputs=_INPUTS)

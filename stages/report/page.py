@@ -27,6 +27,7 @@ SECTIONS = (
     "quality",
     "cost",
     "slices",
+    "robustness",
     "explanations",
     "cascade",
     "quantization",

@@ -47,13 +47,15 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def project_params(**changes: Any) -> dict[str, Any]:
-    """The tiny preset's params with a small `data.csv` and no corpus, and changes to `acquire`."""
+    """The tiny preset's params with a small `data.csv`, no corpus and no lexicon, and changes to `acquire`."""
     raw = yaml.safe_load(PRESET.read_text(encoding="utf-8"))
     raw["acquire"]["data"].update(source={"kind": "local", "path": "data.csv"}, format=None)
-    raw["acquire"]["corpus"] = []
+    raw["acquire"].update(corpus=[], lexicon=None)
+    raw["robustness"]["perturbations"]["synonyms"] = 0.0
     for name, change in changes.items():
         own = raw["acquire"][name]
-        raw["acquire"][name] = {**own, **change} if isinstance(change, dict) and name != "checkpoint" else change
+        merges = isinstance(own, dict) and isinstance(change, dict) and name != "checkpoint"
+        raw["acquire"][name] = {**own, **change} if merges else change
         if name == "checkpoint" and change["kind"] != "scratch":
             raw["tokenize"]["tokenizer"] = {"kind": "checkpoint"}
     return raw

@@ -132,7 +132,8 @@ def test_packages_carry_data_corpus_and_checkpoint(acquire: Acquire, packages: P
     assert provenance["data"]["license"] == "MIT"
     assert provenance["data"]["sha256"] == told["sha256"]
     assert provenance["corpus"][0]["rows"] == 3
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "corpus", "data", "provenance.json"]
+    units = ["checkpoint", "corpus", "data", "lexicon", "provenance.json", "shifted"]
+    assert sorted(path.name for path in out.iterdir()) == units
 
 
 def test_scores_become_labels_and_those_between_bins_are_counted(acquire: Acquire, project: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,17 @@ def raw_params(**changes: Any) -> dict[str, Any]:
     return raw
 
 
-def write_inputs(folder: Path, train: Rows, validation: Rows, test: Rows, corpus: list[str]) -> dict[str, Path]:
+def write_inputs(
+    folder: Path, train: Rows, validation: Rows, test: Rows, corpus: list[str], shifted: Sequence[Sequence[str]] = ()
+) -> dict[str, Path]:
     for name, rows in {"train": train, "validation": validation, "test": test}.items():
         write_table(frame_of(["text", "label"], rows), folder / "data" / f"{name}.parquet")
     write_table(frame_of(["text"], [[text] for text in corpus]), folder / "corpus" / "corpus.parquet")
-    for unit in ("data", "corpus"):
-        write_manifest(folder / unit)
-    return {"data": folder / "data", "corpus": folder / "corpus"}
+    write_table(frame_of(["domain", "text", "label"], shifted), folder / "shifted" / "shifted.parquet")
+    units = {unit: folder / unit for unit in ("data", "shifted", "corpus")}
+    for unit in units.values():
+        write_manifest(unit)
+    return units
 
 
 @pytest.fixture
@@ -77,9 +81,10 @@ def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clean:
         validation: Rows = VALIDATION,
         test: Rows = TEST,
         corpus: list[str] = CORPUS,
+        shifted: Sequence[Sequence[str]] = (),
         **changes: Any,
     ) -> tuple[dict[str, Any], Path]:
-        inputs = write_inputs(tmp_path / "in", train, validation, test, corpus)
+        inputs = write_inputs(tmp_path / "in", train, validation, test, corpus, shifted)
         staging = tmp_path / "out"
         staging.mkdir()
         params = parse_params(raw_params(**changes), "params.yaml")
@@ -179,6 +184,28 @@ def test_an_empty_corpus_stays_empty(clean: Clean) -> None:
     assert texts(out, "corpus/corpus.parquet") == []
 
 
+def test_other_domains_are_repaired_and_hold_nothing_of_the_task(clean: Clean) -> None:
+    rows = [
+        ("tweets", "<b>Great</b>  film", "x"),
+        ("tweets", "great FILM!", "y"),
+        ("news", "Great film", "x"),
+        ("news", "this one is in TEST", "x"),
+        ("news", "only in train!", "y"),
+        ("news", "", "y"),
+        ("news", "?", "y"),
+        ("news", "long " * 30, "y"),
+    ]
+    metrics, out = clean(shifted=rows)
+    kept = pandas.read_parquet(out / "shifted" / "shifted.parquet")
+    assert kept.to_numpy().tolist() == [["tweets", "Great film", "x"], ["news", "Great film", "x"]]
+    assert metrics["shifted"]["removed"] == {"empty": 1, "too_short": 1, "too_long": 1, "duplicate": 1, "leak": 2}
+    assert (metrics["shifted"]["in"], metrics["shifted"]["out"]) == (8, 2)
+    assert metrics["shifted"]["repaired"]["html"] == 1
+    assert [reason for split, reason, _ in reasons(out) if split == "shifted"] == [
+        "duplicate", "leak", "leak", "empty", "too_short", "too_long",
+    ]  # fmt: skip
+
+
 def test_cleaning_what_is_clean_removes_nothing(clean: Clean, tmp_path: Path) -> None:
     _, out = clean()
     frames = {name: pandas.read_parquet(out / "data" / f"{name}.parquet") for name in ("train", "validation", "test")}
@@ -203,7 +230,8 @@ def test_an_empty_split_is_refused(clean: Clean) -> None:
 
 def run_command(project: Path) -> dict[str, Any]:
     own = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
-    command = [sys.executable, "-m", "stages.clean", "--data", "in/data", "--corpus", "in/corpus", "--out", "out/clean"]
+    inputs = [word for unit in ("data", "shifted", "corpus") for word in (f"--{unit}", f"in/{unit}")]
+    command = [sys.executable, "-m", "stages.clean", *inputs, "--out", "out/clean"]
     done = subprocess.run(command, cwd=project, env={**os.environ, **own}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     manifest: dict[str, Any] = json.loads((project / "out" / "clean" / "manifest.json").read_text(encoding="utf-8"))
