@@ -77,7 +77,7 @@ class Int8Weights(nn.Module):
         self.register_buffer("weight", torch.zeros(rows, columns, dtype=torch.int8), persistent=group is None)
         self.register_buffer("packed", None if group is None else torch.zeros(rows * columns // 2, dtype=torch.uint8))
         self.register_buffer("step", None if group is None else torch.ones(rows, columns // group, dtype=torch.uint8))
-        self.register_load_state_dict_post_hook(_expand)
+        self.register_load_state_dict_post_hook(_expand)  # type: ignore[no-untyped-call]
 
     def hold(self, weight: Tensor, scales: Tensor, limit: int) -> None:
         """Round float weights [rows, columns] by row, and by group where there are groups."""
@@ -420,7 +420,7 @@ def round_in_steps(weight: Tensor, group: int, limit: int = WEIGHT_LIMIT) -> tup
     Returns:
         multiples int8 [rows, columns], steps uint8 [rows, columns / group].
     """
-    groups = weight.unflatten(1, (-1, group))
+    groups = weight.reshape(len(weight), -1, group)
     best, best_steps = torch.zeros_like(groups), torch.ones_like(groups[..., :1])
     least = torch.full_like(best_steps, float("inf"))
     for step in range(1, limit // LARGEST_MULTIPLE + 1):
