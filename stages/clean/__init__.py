@@ -3,8 +3,8 @@
 In go the raw splits, the same task's texts from other domains and the corpus, and what reviewers corrected where
 `clean.corrections` names a file; out come the units `data/` (the splits, and labels.json), `shifted/` and `corpus/`,
 and beside them rejects.parquet (every removed text with its reason and what it collided with), corrections.parquet
-(every text that a reviewer changed: label before and after, reviewer, note, and the file with its SHA-256), rules.csv (a count
-and an example per rule and split) and metrics.json.
+(every text that a reviewer changed: label before and after, reviewer, note, and the file with its SHA-256), rules.csv
+(a count and an example per rule and split) and metrics.json.
 
 Repairs: broken Unicode (ftfy; typographic quotes and full-width characters are not broken and stay, because the model
 will meet them in use), HTML tags and entities, control characters, spacing. Then the corrections: other labels, and

@@ -15,7 +15,7 @@ HEADER = "key,text,correction,note,reviewer\n"
 
 
 def row(text: str, label: str, split: str = "train") -> Row:
-    return Row(split, label, f" {text}", text, comparable(text))
+    return Row(split, label, f" {text}", text, comparable(text), ())
 
 
 ROWS = [row("Who is he?", "HUM"), row("who is HE", "HUM"), row("Where?", "LOC"), row("Why?", "DESC", "test")]
