@@ -21,6 +21,7 @@ from scipy.stats import binom, norm
 
 from stages.core.metrics import Array
 from stages.core.params import RuleParams, SliceParams
+from stages.core.statistics import holm
 from stages.core.texts import comparable, words
 
 Kind = Literal["column", "rule", "label", "length", "rarity"]
@@ -149,15 +150,6 @@ def paired_interval(lost: int, gained: int, texts: int, confidence: float) -> tu
     down, up = (lost + 1) / (texts + 2), (gained + 1) / (texts + 2)
     reach = float(norm.ppf((1 + confidence) / 2)) * math.sqrt((down + up - (up - down) ** 2) / (texts + 2))
     return max(-1.0, up - down - reach), min(1.0, up - down + reach)
-
-
-def holm(p_values: Array) -> Array:
-    """Correct p-values [n] for being the smallest of many, by Holm's step-down method."""
-    order = numpy.argsort(p_values, kind="stable")
-    steps = p_values[order] * numpy.arange(len(p_values), 0, -1)
-    corrected = numpy.empty(len(p_values))
-    corrected[order] = numpy.minimum(1.0, numpy.maximum.accumulate(steps))
-    return corrected
 
 
 def _compare(right: Array, was_right: Array, confidence: float) -> dict[str, Any]:

@@ -25,6 +25,7 @@ SECTIONS = (
     "ladder",
     "pareto",
     "quality",
+    "mistakes",
     "cost",
     "slices",
     "robustness",

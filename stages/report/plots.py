@@ -9,10 +9,10 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from stages.core.ladder import LadderRow, fastest_within_floor, points, rate, times
-from stages.report.drawing import ACCENT, BAD, GOOD, GRID, INK, MUTED, PAPER, SECOND, WASH, bare, new_figure
+from stages.report.drawing import ACCENT, BAD, GRID, INK, MUTED, PAPER, SECOND, WASH, bare, new_figure
 
 _MOST_LABELLED_CELLS = 14  # a confusion matrix of more classes shows colours only
 _MOST_NAMED_CLASSES = 30
@@ -172,31 +172,6 @@ def confusion(table: pandas.DataFrame) -> Figure:
     return figure
 
 
-def calibration(table: pandas.DataFrame) -> Figure:
-    """Draw how often the model is right against how sure it is; on the diagonal it means what it says.
-
-    Args:
-        table: columns confidence, accuracy and count, a row per bin.
-    """
-    figure = new_figure(4.0, 3.6)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    filled = table[table["count"] > 0]
-    upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
-    upper.plot(filled["confidence"], filled["accuracy"], "o-", color=ACCENT, linewidth=1.6, markersize=5)
-    upper.set_ylabel("share right")
-    upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    upper.set_ylim(0, 1.04)
-    lower.bar(filled["confidence"], filled["count"], width=0.03, color=ACCENT)
-    lower.set_ylabel("texts")
-    lower.set_xlabel("confidence of the prediction")
-    lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    start = 0.1 * int(10 * min([0.5, *filled["confidence"]]))
-    lower.set_xlim(start, 1.02)
-    for axes in (upper, lower):
-        axes.grid(color=GRID)
-    return figure
-
-
 def lengths(table: pandas.DataFrame) -> Figure:
     """Draw how long the texts are, all splits together.
 
@@ -211,58 +186,6 @@ def lengths(table: pandas.DataFrame) -> Figure:
     axes.set_ylabel("texts")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(axis="y")
-    return figure
-
-
-def latency(runtimes: Mapping[str, Mapping[str, Mapping[str, float]]], titles: Mapping[str, str]) -> Figure:
-    """Draw p50 (dot) to p99 (end of the line) at batch 1, a row per variant and runtime.
-
-    Args:
-        runtimes: percentiles in milliseconds by variant and runtime.
-        titles: what to call the variants.
-    """
-    entries = [(variant, name, values) for variant, found in runtimes.items() for name, values in found.items()]
-    names = list(dict.fromkeys(name for _, name, _ in entries))
-    figure = new_figure(4.0, 0.27 * len(entries) + 0.9)
-    axes = figure.subplots()
-    for height, (_, name, values) in enumerate(entries):
-        colour = (ACCENT, SECOND, MUTED)[names.index(name) % 3]
-        axes.hlines(height, values["p50"], values["p99"], color=colour, linewidth=1.6)
-        axes.plot(values["p95"], height, "|", color=colour, markersize=9, markeredgewidth=1.6)
-        axes.plot(values["p50"], height, "o", color=colour, markersize=6)
-    for number, name in enumerate(names):
-        axes.plot([], [], "o-", color=(ACCENT, SECOND, MUTED)[number % 3], label=name)
-    bare(axes)
-    axes.set_ylim(len(entries) - 0.4, -0.6)
-    axes.set_yticks(range(len(entries)), [titles[variant] for variant, _, _ in entries])
-    axes.set_xlim(left=0)
-    axes.set_xlabel("milliseconds per text")
-    axes.grid(axis="x")
-    figure.legend(loc="outside lower center", ncols=len(names))
-    return figure
-
-
-def throughput(runtimes: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draw texts per second over batch sizes, a line per variant.
-
-    Args:
-        runtimes: texts per second by title of the variant and batch size, on the variant's fastest runtime.
-    """
-    figure = new_figure(4.0, 3.1)
-    axes = figure.subplots()
-    colours = (MUTED, SECOND, GOOD, ACCENT, BAD, INK)
-    sizes = sorted({int(size) for speeds in runtimes.values() for size in speeds})
-    for colour, (title, speeds) in zip(colours, runtimes.items(), strict=False):
-        found = [(place, speeds[str(size)]) for place, size in enumerate(sizes) if str(size) in speeds]
-        places, heights = [place for place, _ in found], [speed for _, speed in found]
-        axes.plot(places, heights, "o-", color=colour, linewidth=1.6, markersize=5, label=title)
-    axes.set_xticks(range(len(sizes)), [f"{size}" for size in sizes])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("texts per second")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

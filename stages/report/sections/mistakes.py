@@ -1,4 +1,4 @@
-"""What the final model takes for what, and whether its confidence means what it says."""
+"""What the final model takes for what."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stages.core.params import Params
 from stages.report import plots
 from stages.report.drawing import style
 from stages.report.sections import Section
-from stages.report.sources import Inputs, final_variant, read_evaluations, read_numbers, read_table
+from stages.report.sources import Inputs, final_variant, read_evaluations, read_table
 
 
 def section(inputs: Inputs, params: Params) -> Section:
@@ -19,20 +19,17 @@ def section(inputs: Inputs, params: Params) -> Section:
     final = final_variant(inputs)
     folder, metrics = inputs[f"evaluate@{final}"], read_evaluations(inputs)[final]
     table = confusion(folder / "confusion.csv", list(metrics["per_class"]))
-    calibration = read_numbers(folder / "calibration.csv", "confidence", "accuracy", "count")
     with style("draw"):
-        figures = {"confusion": plots.confusion(table), "calibration": plots.calibration(calibration)}
+        figures = {"confusion": plots.confusion(table)}
     right, texts = int(table.to_numpy().diagonal().sum()), int(table.to_numpy().sum())
-    error = metrics["quality"]["calibration_error"]
     return Section(
         identifier="mistakes",
         title=f"Mistakes of the {TITLES[final]} model",
-        summary=f"{right:,} of {texts:,} test texts right; calibration error {error:.1%}.",
-        context={"metrics": metrics},
+        summary=f"{right:,} of {texts:,} test texts right.",
+        context={},
         figures=figures,
         descriptions={
-            "confusion": f"Confusion matrix: {right} of {texts} texts on the diagonal; the scores are in the table",
-            "calibration": "Share of right predictions against confidence, with a diagonal for perfect calibration",
+            "confusion": f"Confusion matrix: {right} of {texts} texts on the diagonal",
         },
     )
 

@@ -11,14 +11,12 @@ from fairlearn.metrics import (
     selection_rate,
 )
 from scipy.stats import binomtest
-from statsmodels.stats.multitest import multipletests
 
 from stages.core.params import RuleParams, SliceParams
 from stages.evaluate.fairness import GAPS, _resample, measure_fairness, rates_by_group
 from stages.evaluate.slices import (
     Grouping,
     Texts,
-    holm,
     judge_slices,
     log_frequencies,
     make_groupings,
@@ -125,13 +123,6 @@ def test_the_test_is_the_exact_one(lost: int, gained: int) -> None:
     found = judge_slices([grouping(["de"] * 100)], variant, reference, labels, 10, 0.95).iloc[0]["p"]
     exact = binomtest(lost, lost + gained, 0.5, alternative="greater").pvalue if lost + gained else 1.0
     assert found == pytest.approx(exact, abs=1e-12)
-
-
-def test_holm_agrees_with_statsmodels() -> None:
-    generator = numpy.random.default_rng(3)
-    for count in (1, 2, 7, 30):
-        p_values = numpy.round(generator.random(count) ** 4, 2)  # many small ones, and ties
-        assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1], abs=1e-12)
 
 
 def test_the_paired_interval_covers_what_is_true() -> None:

@@ -174,7 +174,7 @@ def test_the_stage_publishes_page_pictures_and_ladder(project: Path, capfd: pyte
         "waterfall.png",
         "pareto_size.svg",
         "confusion.png",
-        "calibration.svg",
+        "quality_reliability.svg",
         "lengths.svg",
         "curves_prune.png",
     } <= names

