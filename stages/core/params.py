@@ -558,8 +558,8 @@ class WeightOnlyParams(Section):
     """nearest: round to nearest; hqq: half-quadratic quantization; gptq: errors made good by later weights
     (2210.17323)."""
     group: Literal[16, 32, 64, 128]
-    """Inputs a group, also of int8_packed; a layer whose inputs it does not divide takes the next smaller one that
-    does."""
+    """Inputs a group, also of int8_packed, whose table of words has groups twice as wide; a layer whose inputs it does
+    not divide takes the next smaller one that does."""
 
 
 class GateParams(Section):

@@ -142,8 +142,9 @@ def int8_packed(kitchen: Kitchen) -> Attempt:
         parts[name] = _in_steps(kitchen, name, group_size(_linear(base, name).in_features, wanted))
     for name, part in kitchen.embeddings.items():
         table = _embedding(base, name)
-        # Tables of positions and kinds are small, and every token adds one of their rows: they stay as they are.
-        group = group_size(table.embedding_dim, wanted) if table is base.get_input_embeddings() else None
+        # Tables of positions and kinds are small, and every token adds one of their rows: they stay as they are. Rows
+        # of words are looked up, not summed, so their errors do not add up and wider groups will do.
+        group = group_size(table.embedding_dim, 2 * wanted) if table is base.get_input_embeddings() else None
         parts[name] = part if group is None else QuantizedEmbedding.from_embedding(table, group)
     return Attempt(with_parts(base, parts), [], layers)
 

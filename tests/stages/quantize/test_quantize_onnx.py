@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from stages.core.batches import pad
+from stages.core.ceilings import operations_by_kind
 from stages.core.checkpoints import logits_of
 from stages.core.errors import UserError
 from stages.core.examples import load_examples
@@ -163,6 +164,12 @@ def test_integer_products_stay_fused(name: str, exported: dict[str, tuple[nn.Mod
     kinds = Counter(node.op_type for node in _optimized(exported[name][1], tmp_path).graph.node)
     assert kinds["MatMulIntegerToFloat"] == LAYERS
     assert fuse_openvino(exported[name][1]).int8_products == count_int8_products(onnx.load(exported[name][1]).graph)
+
+
+def test_storage_does_not_change_the_count_of_operations(exported: dict[str, tuple[nn.Module, Path]]) -> None:
+    stored, plain = (operations_by_kind(exported[name][1], tokens=9.0) for name in ("packed", "smoothed"))
+    assert stored == plain
+    assert stored["int8"] > 0
 
 
 def test_weights_in_steps_are_four_bits_in_the_file_and_int8_when_loaded(
