@@ -65,6 +65,8 @@ class LadderRow:
     """Ends of the paired bootstrap interval of `difference`."""
     high: float | None
     confidence: float | None
+    detectable: float | None
+    """Smallest true difference of accuracy that a test on these texts finds in four of five cases, as a share."""
     within_floor: bool
     latency_runtime: str
     latency_p50_ms: float
@@ -218,6 +220,7 @@ def _variant(evaluation: _Evaluation, parent: LadderRow | None) -> LadderRow:
         low=value("against_reference", "low"),
         high=value("against_reference", "high"),
         confidence=value("against_reference", "confidence"),
+        detectable=value("against_reference", "detectable_difference"),
         within_floor=value("against_reference", "within_floor"),
         latency_runtime=value("best", "latency_runtime"),
         latency_p50_ms=value("best", "latency_ms", "p50"),
@@ -276,6 +279,7 @@ def _shared_by_baselines(first: LadderRow) -> dict[str, Any]:
         "low": None,
         "high": None,
         "confidence": None,
+        "detectable": None,
         "within_floor": True,
         "parameters": first.parameters if first.name == CHAIN[0] else None,
         "model_bytes": None,

@@ -50,18 +50,28 @@ def read_metrics(inputs: Inputs, role: str) -> dict[str, Any]:
     return found
 
 
+def read_mixed(path: Path, **options: Any) -> pandas.DataFrame:
+    """Read a table whose columns are of several kinds, with the options of `pandas.read_csv`.
+
+    Raises:
+        UserError: if the file is missing or is no table.
+    """
+    try:
+        table: pandas.DataFrame = pandas.read_csv(path, **options)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not a table: {error}; remove its folder and run `dvc repro`") from None
+    return table
+
+
 def read_table(path: Path, *columns: str) -> pandas.DataFrame:
     """Read a table as text, so that a class called 01 or NA stays what it is.
 
     Raises:
         UserError: if the file is missing, is no table or lacks one of the columns.
     """
-    try:
-        table = pandas.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not a table: {error}; remove its folder and run `dvc repro`") from None
+    table = read_mixed(path, dtype=str, keep_default_na=False)
     missing = [name for name in columns if name not in table]
     if missing:
         raise UserError(f"{path}: has no column {missing[0]}; its columns: {', '.join(map(str, table))}")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 from stages.core.ladder import LadderRow, fastest_within_floor, headline, points, times, times_smaller
-
-_POWER = 0.8  # the usual chance with which a test is asked to see what it looks for
 
 
 @dataclass(frozen=True)
@@ -58,22 +55,6 @@ def reach_verdict(rows: Sequence[LadderRow], floor: float) -> Verdict:
     )
 
 
-def smallest_visible(low: float, high: float, confidence: float) -> float:
-    """Compute the smallest true difference that such a test would call a difference four times out of five.
-
-    The standard error is read off the width of the interval; two-sided, with 80 % power (Bloom, "Minimum Detectable
-    Effects", 1995).
-
-    Args:
-        low: lower end of the interval of the difference.
-        high: upper end.
-        confidence: of the interval, between 0 and 1.
-    """
-    normal = NormalDist()
-    reach = normal.inv_cdf(0.5 + confidence / 2)
-    return (high - low) / (2 * reach) * (reach + normal.inv_cdf(_POWER))
-
-
 def _answer(best: LadderRow, rows: Sequence[LadderRow]) -> str:
     size = times_smaller(best, rows)
     smaller = f" and {times(size)} smaller" if size > 1.0 else ""
@@ -112,15 +93,14 @@ def _floor(best: LadderRow, floor: float) -> str:
 
 
 def _unseen(best: LadderRow, floor: float) -> str | None:
-    if best.low is None or best.high is None or best.confidence is None:
+    if best.detectable is None:
         return None
     if best.low == best.high:
         return "No test text tells the two models apart, so nothing can be said about differences on other texts."
-    visible = smallest_visible(best.low, best.high, best.confidence)
-    fine = "finer than" if visible <= floor else "coarser than"
+    fine = "finer than" if best.detectable <= floor else "coarser than"
     return (
-        f"A true difference below {100 * visible:.1f} points of {_metric(best)} would have gone unseen more often than "
-        f"one time in five; that is {fine} the floor of {100 * floor:.1f}."
+        f"A true difference below {100 * best.detectable:.1f} points of accuracy would have gone unseen more often "
+        f"than one time in five; that is {fine} the floor of {100 * floor:.1f}."
     )
 
 

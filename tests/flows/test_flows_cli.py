@@ -194,7 +194,7 @@ def evaluations():
                 "quality": {"accuracy": 0.96},
                 "against_reference": {
                     **{"metric": "accuracy", "difference": -0.001, "low": -0.004, "high": 0.002},
-                    **{"confidence": 0.95, "within_floor": True},
+                    **{"confidence": 0.95, "detectable_difference": 0.02, "within_floor": True},
                 },
                 "size": {"parameters": 1000, "model_bytes": 4000},
                 "best": {

@@ -16,6 +16,7 @@ from stages.core.params import Params
 from stages.core.stage import METRICS
 from stages.report.drawing import ACCENT, BAD, GOOD, INK, MUTED, SECOND, bare, new_figure, style
 from stages.report.sections import Section
+from stages.report.sources import read_mixed
 
 BATCH_CURVE, LENGTH_CURVE = "throughput_batch.csv", "throughput_length.csv"
 _COLOURS = dict(zip(VARIANTS, (MUTED, SECOND, GOOD, ACCENT, BAD, INK), strict=True))
@@ -93,7 +94,7 @@ def _summary(final: str, metrics: Mapping[str, Any]) -> str:
 
 def _quantiles(folder: Path, metrics: Mapping[str, Any]) -> pandas.DataFrame:
     """Latency of the runtime that answers soonest."""
-    table = pandas.read_csv(folder / "latency.csv")
+    table = read_mixed(folder / "latency.csv")
     own: pandas.DataFrame = table[table["contender"] == metrics["best"]["latency_runtime"]]
     return own
 
@@ -121,7 +122,7 @@ def draw_latency(latencies: Mapping[str, pandas.DataFrame]) -> Figure:
 
 
 def _curves(folders: Mapping[str, Path], names: Sequence[str], file: str) -> dict[str, pandas.DataFrame]:
-    return {name: pandas.read_csv(folders[name] / file) for name in names}
+    return {name: read_mixed(folders[name] / file) for name in names}
 
 
 def draw_curves(curves: Mapping[str, pandas.DataFrame], across: str, label: str) -> Figure:

@@ -18,6 +18,7 @@ from stages.core.artifacts import read_json
 from stages.core.params import Params
 from stages.report.drawing import ACCENT, MUTED, SECOND, new_figure, settle, style
 from stages.report.sections import Section
+from stages.report.sources import read_mixed
 
 MODELS = {"teacher": "fine-tuned", "compressed": "compressed"}
 METHODS = {
@@ -47,8 +48,8 @@ def section(inputs: Mapping[str, Path], params: Params) -> Section | None:
         return None
     folder = inputs["explain"]
     metrics, explanations = read_json(folder / "metrics.json"), read_json(folder / "explanations.json")
-    faithfulness = pandas.read_csv(folder / "faithfulness.csv")
-    curves = pandas.read_csv(folder / "curves.csv")
+    faithfulness = read_mixed(folder / "faithfulness.csv")
+    curves = read_mixed(folder / "curves.csv")
     maps = safetensors.numpy.load_file(folder / "attention.safetensors")
     wanting = found_wanting(faithfulness)
     chosen, texts = explanations["chosen"], explanations["texts"]

@@ -65,7 +65,8 @@ def section(inputs: Inputs, params: Params) -> Section:
     """Tell the lineage; an input that is no more what it was is an alarm."""
     links = lineage(inputs)
     changed = [f"{link.stage} ({given.role})" for link in links for given in link.given if given.source is None]
-    trail = trail_to(f"evaluate@{final_variant(inputs)}", links)
+    # An evaluation also reads models that it compares with: the way is that of the model, and ends in its evaluation.
+    trail = trail_to(f"export@{final_variant(inputs)}", links) | {f"evaluate@{final_variant(inputs)}"}
     units = sum(len(link.made) for link in links)
     checked = sum(len(link.given) for link in links)
     summary = f"{units} units with their digests; all {checked} inputs are what stands there now."

@@ -7,7 +7,7 @@ was seen, and needs no correction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -19,14 +19,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import binomtest
 
+from stages.core import tables
 from stages.core.artifacts import read_json
-from stages.core.errors import UserError
 from stages.core.ladder import CHAIN, PARENTS, TITLES, VARIANTS, points
 from stages.core.params import Params
 from stages.core.stage import METRICS
 from stages.core.statistics import Corrected, compare_variants
 from stages.report.drawing import ACCENT, BAD, GOOD, GRID, INK, MUTED, SECOND, bare, new_figure, settle, style
 from stages.report.sections import Section
+from stages.report.sources import read_numbers, read_table
 
 FAR_TEMPERATURE = 2.0
 """A temperature beyond this or its inverse: the log-odds of every answer are off by more than a factor of two, which
@@ -63,7 +64,7 @@ def section(inputs: Mapping[str, Path], params: Params) -> Section | None:
     if final is None:
         return None
     metrics = {name: read_json(folder / METRICS) for name, folder in folders.items()}
-    confusions = {name: _table(folder / "confusion.csv") for name, folder in folders.items()}
+    confusions = {name: read_table(folder / "confusion.csv", "actual", "predicted") for name, folder in folders.items()}
     faults = find_faults(metrics, confusions, final)
     first = next(iter(folders))
     with style("draw"):
@@ -75,7 +76,7 @@ def section(inputs: Mapping[str, Path], params: Params) -> Section | None:
         }
         for figure in figures.values():
             settle(figure)
-    flips = _table(folders[final] / "flips.csv")
+    flips = read_table(folders[final] / "flips.csv", "against")
     return Section(
         identifier="quality",
         title="Quality, and how sure it is",
@@ -297,29 +298,13 @@ def _examples(flips: pandas.DataFrame) -> list[dict[str, Any]]:
 
 
 def _reliability(folder: Path) -> tuple[pandas.DataFrame, pandas.DataFrame | None]:
-    paths: Sequence[Path] = [folder / "calibration.csv", folder / "calibration_scaled.csv"]
-    before, after = (_table(path).apply(pandas.to_numeric) if path.exists() else None for path in paths)
-    if before is None:
-        raise _missing(paths[0])
-    return before, after
+    before, after = folder / "calibration.csv", folder / "calibration_scaled.csv"
+    columns = ("confidence", "accuracy", "count")
+    return read_numbers(before, *columns), read_numbers(after, *columns) if after.exists() else None
 
 
 def _places(folder: Path) -> pandas.DataFrame:
-    path = folder / "embeddings.parquet"
-    if not path.exists():
-        raise _missing(path)
-    return pandas.read_parquet(path)
-
-
-def _table(path: Path) -> pandas.DataFrame:
-    """Read a table as text, so that a class called 01 or NA stays what it is."""
-    if not path.exists():
-        raise _missing(path)
-    return pandas.read_csv(path, dtype=str, keep_default_na=False)
-
-
-def _missing(path: Path) -> UserError:
-    return UserError(f"{path}: no such file; run `dvc repro` to make it")
+    return tables.read_table(folder / "embeddings.parquet", "parquet", "utf-8")
 
 
 def _p_value(value: float) -> str:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stages.core.artifacts import read_json
 from stages.core.ladder import CHAIN, TITLES, VARIANTS, points
 from stages.core.params import Params
+from stages.core.tables import read_table
 from stages.report.drawing import ACCENT, GRID, INK, MUTED, bare, new_figure, style
 from stages.report.sections import Section
 
@@ -153,7 +153,8 @@ def detection_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[dict[str, A
 
 def read_examples(folder: Path) -> list[dict[str, Any]]:
     """Read a few texts that the final model gets wrong once changed, the surest mistakes of each perturbation."""
-    table = pandas.read_parquet(folder / "examples.parquet").groupby("perturbation", sort=False).head(_EXAMPLES_EACH)
+    every = read_table(folder / "examples.parquet", "parquet", "utf-8")
+    table = every.groupby("perturbation", sort=False).head(_EXAMPLES_EACH)
     names = [_title(name) for name in table["perturbation"]]
     return [
         {str(key): value for key, value in row.items()} for row in table.assign(perturbation=names).to_dict("records")

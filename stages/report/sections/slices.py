@@ -16,6 +16,7 @@ from stages.core.params import Params
 from stages.core.stage import METRICS
 from stages.report.drawing import ACCENT, BAD, INK, MUTED, bare, new_figure, style
 from stages.report.sections import Section
+from stages.report.sources import read_mixed
 
 _DRAWN = 10
 _NUMBERS = ("accuracy", "reference_accuracy", "difference", "low", "high", "p", "p_holm")
@@ -66,7 +67,7 @@ def section(inputs: Mapping[str, Path], params: Params) -> Section | None:
 
 def read_slices(path: Path) -> pandas.DataFrame:
     """Read slices.csv; a slice called NA or 01 stays what it is. Adds `title`, what people call the slice."""
-    table = pandas.read_csv(
+    table = read_mixed(
         path,
         dtype={"kind": str, "name": str, "value": str},
         keep_default_na=False,

@@ -33,6 +33,7 @@ def evaluation(over_fair: float, accuracy: float, difference: float, within: boo
             "low": difference - 0.01,
             "high": difference + 0.01,
             "confidence": 0.95,
+            "detectable_difference": 0.02,
             "within_floor": within,
         },
         "size": {"parameters": 1000, "model_bytes": round(8000 / over_fair)},

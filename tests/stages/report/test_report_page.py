@@ -53,7 +53,8 @@ def test_the_contents_quote_every_section(html: HTMLParser) -> None:
     links = [node.attributes["href"] for node in html.css("nav.contents a")]
     sections = [node.attributes["id"] for node in html.css("main section")]
     assert links == [f"#{name}" for name in sections]
-    assert sections == list(frame.SECTIONS)
+    elsewhere = {"cost", "slices", "robustness", "explanations"}  # the made-up project has none of their inputs
+    assert sections == [name for name in frame.SECTIONS if name not in elsewhere]
     assert all(node.text().strip() for node in html.css("nav.contents span"))
 
 
