@@ -26,7 +26,7 @@ STAGES = [
     "cascade",
     *[f"{stage}@{variant}" for stage in ("evaluate", "robustness") for variant in (*VARIANTS, "cascade")],
     "explain",
-    *["deploy_check", "report", "register"],
+    *["deploy_check", "review", "history", "report", "register"],
 ]
 pytestmark = pytest.mark.timeout(1800)
 

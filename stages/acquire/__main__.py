@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from stages.acquire.splits import complete, given_splits
 from stages.acquire.text import check_classes, labelled
 from stages.core.artifacts import write_json
 from stages.core.errors import UserError
-from stages.core.params import CorpusParams, DataParams, HubSource, LexiconParams, ShiftedParams
+from stages.core.params import CorpusParams, DataParams, HubSource, LabelledParams, LexiconParams, ShiftedParams
 from stages.core.stage import StageRun, command
 from stages.core.tables import frame_of, read_table, write_table
 
@@ -68,7 +68,7 @@ def read_data(fetched: Fetched, params: DataParams) -> tuple[dict[str, pandas.Da
     where = "acquire.data"
     split_of = given_splits(list(fetched.files), f"{where}.source")
     frames, left_out = defaultdict(list), 0
-    for name, frame, without_label in _labelled_files(fetched, params, where):
+    for name, frame, without_label in _labelled_files(fetched, params, params.slice_columns, where):
         frames[split_of[name] if split_of else "train"].append(frame)
         left_out += without_label
     given = {split: pandas.concat(parts, ignore_index=True) for split, parts in frames.items()}
@@ -94,7 +94,7 @@ def collect_shifted(
     for number, domain in enumerate(params):
         where = f"acquire.shifted[{number}]"
         fetched = fetch_texts(domain.source, domain.format, work / str(number), f"{where}.source")
-        parts = [frame for _, frame, _ in _labelled_files(fetched, domain, where)]
+        parts = [frame for _, frame, _ in _labelled_files(fetched, domain, [], where)]
         frame = pandas.concat(parts, ignore_index=True)
         strange = sorted(set(frame["label"]) - set(known))
         if strange:
@@ -139,15 +139,17 @@ def collect_corpus(params: list[CorpusParams], work: Path) -> tuple[list[str], l
     return texts, origins
 
 
-def _labelled_files(fetched: Fetched, params: DataParams, where: str) -> Iterator[tuple[str, pandas.DataFrame, int]]:
-    """Text and label of each file, with its name and the number of rows left out."""
+def _labelled_files(
+    fetched: Fetched, params: LabelledParams, slice_columns: Sequence[str], where: str
+) -> Iterator[tuple[str, pandas.DataFrame, int]]:
+    """Text, label and slice columns of each file, with its name and the number of rows left out."""
     format = None if isinstance(params.source, HubSource) else params.format
     columns: dict[str, list[str]] = {}
     for name, path in fetched.files.items():
         table = read_table(path, format, params.encoding, params.line_pattern)
         columns[name] = list(table.columns)
         _check_same_columns(columns, name, where)
-        yield name, *labelled(table, params, f"{where}: {name}")
+        yield name, *labelled(table, params, slice_columns, f"{where}: {name}")
 
 
 def _check_same_columns(columns: dict[str, list[str]], name: str, where: str) -> None:

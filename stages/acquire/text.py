@@ -10,13 +10,15 @@ import numpy
 import pandas
 
 from stages.core.errors import UserError
-from stages.core.params import DataParams, LabelBin
+from stages.core.params import LabelBin, LabelledParams
 from stages.core.tables import frame_of
 
 _FEWEST_CLASSES = 2
 
 
-def labelled(frame: pandas.DataFrame, params: DataParams, where: str) -> tuple[pandas.DataFrame, int]:
+def labelled(
+    frame: pandas.DataFrame, params: LabelledParams, slice_columns: Sequence[str], where: str
+) -> tuple[pandas.DataFrame, int]:
     """Take text and label out of a table.
 
     Blank and missing texts stay, as empty strings, for `clean` to reject and count.
@@ -24,10 +26,11 @@ def labelled(frame: pandas.DataFrame, params: DataParams, where: str) -> tuple[p
     Args:
         frame: the table.
         params: columns, bins and names.
+        slice_columns: that travel with the texts.
         where: names the table in messages.
 
     Returns:
-        frame with the columns text, label and the params' slice columns, all of them strings, and the number of rows
+        frame with the columns text, label and the slice columns, all of them strings, and the number of rows
         left out because their score is in no bin.
 
     Raises:
@@ -43,9 +46,9 @@ def labelled(frame: pandas.DataFrame, params: DataParams, where: str) -> tuple[p
         labels = [_bin(value, params.label_bins, f"{where}: row {row}", params.label_column) for row, value in raw]
     if params.label_names is not None:
         labels = [_renamed(label, params.label_names, where) for label in labels]
-    slices = [_slice_column(frame, name, where) for name in params.slice_columns]
+    slices = [_slice_column(frame, name, where) for name in slice_columns]
     rows = [list(row) for row in zip(texts, labels, *slices, strict=True) if row[1] is not None]
-    return frame_of(["text", "label", *params.slice_columns], rows), len(raw) - len(rows)
+    return frame_of(["text", "label", *slice_columns], rows), len(raw) - len(rows)
 
 
 def check_classes(given: Mapping[str, pandas.DataFrame], where: str) -> None:
@@ -98,7 +101,7 @@ def column_of(frame: pandas.DataFrame, name: str, where: str, option: str) -> li
     return list(frame[name].tolist())
 
 
-def _column(frame: pandas.DataFrame, option: str, params: DataParams, where: str) -> list[tuple[int, Any]]:
+def _column(frame: pandas.DataFrame, option: str, params: LabelledParams, where: str) -> list[tuple[int, Any]]:
     """Cells with the number of their row, counted from 1 without the header."""
     return list(enumerate(column_of(frame, getattr(params, option), where, option), start=1))
 

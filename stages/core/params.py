@@ -95,8 +95,8 @@ class LabelBin(Section):
         return (self.minimum is None or score >= self.minimum) and (self.maximum is None or score <= self.maximum)
 
 
-class DataParams(Section):
-    """The labelled texts."""
+class LabelledParams(Section):
+    """Labelled texts, and where in their files text and label stand."""
 
     source: Source
     format: Format | None
@@ -111,6 +111,11 @@ class DataParams(Section):
     """Turns a numeric score into labels; null takes the column as it is."""
     label_names: dict[str, str] | None
     """Renames labels, such as {"0": ham, "1": spam}; null keeps them."""
+
+
+class DataParams(LabelledParams):
+    """The texts of the task."""
+
     slice_columns: list[str]
     """Columns that travel with the texts, such as country or device: `evaluate` judges each of their values apart."""
 
@@ -143,7 +148,7 @@ class CorpusParams(Section):
     """For json: keys, indices or `*` joined by dots, such as `*.messages.*.text`."""
 
 
-class ShiftedParams(DataParams):
+class ShiftedParams(LabelledParams):
     """Labelled texts of the same task from elsewhere: never trained on, only to see what is lost away from home."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]

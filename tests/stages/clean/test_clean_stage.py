@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from stages.clean.__main__ import run_clean
+from stages.clean.corrections import read_corrections
 from stages.clean.labelled import clean_labelled
 from stages.clean.ledger import Ledger
 from stages.core.artifacts import write_manifest
@@ -173,7 +174,7 @@ def test_further_columns_travel_with_their_texts() -> None:
         "test": [["Four of them", "y", "at"]],
     }
     frames = {split: frame_of(["text", "label", "country"], found) for split, found in rows.items()}
-    cleaned = clean_labelled(frames, parse_params(raw_params(), "params.yaml").clean, Ledger())
+    cleaned = clean_labelled(frames, parse_params(raw_params(), "params.yaml").clean, read_corrections(None), Ledger())
     assert cleaned["train"].to_numpy().tolist() == [["This is one", "x", "de"], ["Two", "y", ""]]
     assert cleaned["test"]["country"].tolist() == ["at"]
 

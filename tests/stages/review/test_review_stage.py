@@ -126,7 +126,8 @@ def test_the_whole_circle_from_review_to_corrected_labels(inputs: dict[str, Path
     for name, rows in before.items():
         write_table(frame_of(["text", "label"], list(rows.items())), folder / f"{name}.parquet")
     write_table(frame_of(["text"], []), tmp_path / "corpus" / "corpus.parquet")
-    raw = {"data": folder, "corpus": tmp_path / "corpus"}
+    write_table(frame_of(["domain", "text", "label"], []), tmp_path / "shifted" / "shifted.parquet")
+    raw = {"data": folder, "corpus": tmp_path / "corpus", "shifted": tmp_path / "shifted"}
     cleaning = stage_run("clean", raw, tmp_path, corrections=str(tmp_path / "filled.csv"))
     counts = run_clean(cleaning)["corrections"]
     after = {name: labelled(cleaning.staging / "data" / f"{name}.parquet") for name in before}
