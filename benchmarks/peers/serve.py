@@ -24,7 +24,7 @@ from benchmarks.peers.service import (
     seconds_for,
 )
 
-_SWEEP_PASSES = 2
+_SWEEP_PASSES = 5
 
 
 class Server:
@@ -49,7 +49,7 @@ class Server:
         return handlers[request["do"]](request)
 
     def _sweep(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Try batch sizes, smallest first, so that the peak read after each belongs to it; the better pass counts."""
+        """Try batch sizes, smallest first, so that the peak read after each belongs to it; the best pass counts."""
         classifier, texts = self._classifier("throughput"), request["texts"]
         sizes = []
         for size in sorted(request["batch_sizes"]):
