@@ -39,10 +39,10 @@ cannot win, so that a short trial decides whether it takes part; `left_out` says
 
 Speed. Everything is timed from strings to predicted labels, tokenization included, with the same tokenizer for all.
 Two baselines, always both, are the fine-tuned model in PyTorch float32: the *fair* one pads to the longest text in
-the batch, the *naive* one pads everything to one length, as tutorials do. Each batch size (in texts of average length,
-as a budget of tokens) and each way to share the processors is tried a few times; the best of each runtime then takes turns
-with both baselines, in rounds of an order drawn anew. What counts is the ratio per round, with its least and greatest:
-what the machine does meanwhile hits all contenders alike. Latency is that of one text at a time.
+the batch, the *naive* one pads everything to one length, as tutorials do. Each batch size (in texts of average
+length, as a budget of tokens) and each way to share the processors is tried a few times; the best of each runtime
+then takes turns with both baselines, in rounds of an order drawn anew. What counts is the ratio per round, with its
+least and greatest: what the machine does meanwhile hits all contenders alike. Latency is that of one text at a time.
 
 Cost. A fresh process that only serves tells its peak and resident memory, and the time from its start to its first
 answer. Throughput over batch size and over length is measured on the fastest runtime. The operations of a text are

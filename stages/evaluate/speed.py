@@ -139,7 +139,7 @@ def measure_speed(contest: Contest) -> tuple[dict[str, Any], dict[Goal, Setting]
 
 
 def sweep_runtime(contest: Contest, name: str) -> Sweep:
-    """Try batch sizes, ways to share the processors, and precisions, each a few times on a short sample after a warm-up.
+    """Try batch sizes, ways to share the processors, and precisions, each a few times on a short sample, once warm.
 
     A batch size stands for as many tokens as so many texts of average length have. Batch sizes and ways are tried in
     the lowest precision that keeps the answers, the likeliest to win.
