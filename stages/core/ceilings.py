@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy
 import onnx
 
+from stages.core.onnx_graph import weights_made_when_loaded
+
 _SIZE = 2048
 _REPEATS = 7
 _SECONDS = 0.4
@@ -72,7 +74,7 @@ def operations_by_kind(path: Path, tokens: float) -> dict[str, float]:
     """
     graph = onnx.load(str(path), load_external_data=False).graph
     sources = {output: node for node in graph.node for output in node.output}
-    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer} | _expanded_shapes(graph, sources)
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer} | weights_made_when_loaded(graph)
     pooled: set[str] = set()
     total = {"float": 0.0, "int8": 0.0}
     for node in graph.node:  # ONNX keeps nodes in topological order
@@ -86,15 +88,6 @@ def operations_by_kind(path: Path, tokens: float) -> dict[str, float]:
             kind = "int8" if _multiplies_integers(node, sources) else "float"
             total[kind] += float(sum(2.0 * numpy.prod(shape) * (1.0 if behind else tokens) for shape in weights))
     return total
-
-
-def _expanded_shapes(graph: onnx.GraphProto, sources: dict[str, onnx.NodeProto]) -> dict[str, list[int]]:
-    """Shapes of int8 weights that are stored in fewer bits and made when the file is loaded."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    made = [node for node in graph.node if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.INT8]
-    return {
-        node.output[0]: onnx.numpy_helper.to_array(constants[sources[node.input[0]].input[1]]).tolist() for node in made
-    }
 
 
 def _multiplies_integers(node: onnx.NodeProto, sources: dict[str, onnx.NodeProto]) -> bool:

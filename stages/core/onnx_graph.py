@@ -180,6 +180,24 @@ def _expanding(weight: str) -> list[onnx.NodeProto]:
     ]
 
 
+def weights_made_when_loaded(graph: onnx.GraphProto) -> dict[str, list[int]]:
+    """Find the int8 weights that a file stores in fewer bits: their shapes by the name that products read."""
+    sources = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    found: dict[str, list[int]] = {}
+    for node in graph.node:
+        if node.op_type != "Cast" or _cast_to(node) != onnx.TensorProto.INT8:
+            continue
+        reshape = sources.get(node.input[0])
+        if reshape is not None and reshape.op_type == "Reshape" and reshape.input[1] in constants:
+            found[node.output[0]] = onnx.numpy_helper.to_array(constants[reshape.input[1]]).tolist()
+    return found
+
+
+def _cast_to(node: onnx.NodeProto) -> int:
+    return next(int(attribute.i) for attribute in node.attribute if attribute.name == "to")
+
+
 @contextlib.contextmanager
 def _quietly() -> Any:
     """Exporting prints much that tells a user nothing."""

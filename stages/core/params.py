@@ -580,6 +580,8 @@ class GateParams(Section):
 Scheme = Literal[
     "int8_packed", "int8_static", "int8_mixed", "int8_dynamic", "int8_weights", "int4_weights", "bf16", "fp16"
 ]
+INT8_PRODUCTS = frozenset({"int8_packed", "int8_static", "int8_mixed", "int8_dynamic"})
+"""Recipes whose matrix products are computed in int8; the others only store fewer bits."""
 
 
 class QuantizeParams(Section):
@@ -611,7 +613,7 @@ class QuantizeParams(Section):
 
     def multiplies_in_int8(self) -> bool:
         """Tell whether the preferred recipe computes matrix products in int8; other recipes only store fewer bits."""
-        return bool({"int8_packed", "int8_static", "int8_mixed", "int8_dynamic"} & set(self.recipes[:1]))
+        return bool(INT8_PRODUCTS & set(self.recipes[:1]))
 
 
 class ExportParams(Section):

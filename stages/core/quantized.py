@@ -5,7 +5,7 @@
   2211.10438). `torch.ops.quantized_decomposed` pairs become QuantizeLinear and DequantizeLinear in ONNX, which the
   runtimes fuse into integer matrix products.
 - `QuantizedEmbedding`: int8 rows with one scale a row; only the rows looked up ever become float.
-- Either may be stored in half the bytes: the int8 values of each few neighbours are then sixteen multiples of one
+- Either may be stored in half the bytes: the int8 values of each few neighbours are then fifteen multiples of one
   whole step, and the file holds the multiples in 4 bits. They become int8 once, when a runtime loads them, so that
   products stay those of int8: few bits on disk, integers in the processor (compare the double quantization of QLoRA,
   2305.14314, whose second scales are floats).

@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
+from stages.core.onnx_graph import weights_made_when_loaded
 from stages.core.runtimes import openvino_core, read_for_openvino
 
 _PRODUCTS = ("MatMul", "Gemm")
@@ -48,7 +49,7 @@ def count_int8_products(graph: onnx.GraphProto) -> int:
     """Count the products of quantized activations with int8 weights, which a runtime should compute in integers."""
     producers = {name: node for node in graph.node for name in node.output}
     weights = {tensor.name for tensor in graph.initializer if tensor.data_type in _INT8}
-    weights |= {node.output[0] for node in graph.node if _makes_int8(node)}  # stored in fewer bits
+    weights |= set(weights_made_when_loaded(graph))
 
     def quantized(name: str, constant: bool) -> bool:
         node = producers.get(name)
@@ -58,10 +59,6 @@ def count_int8_products(graph: onnx.GraphProto) -> int:
 
     products = [node for node in graph.node if node.op_type in _PRODUCTS]
     return sum(quantized(node.input[0], False) and quantized(node.input[1], True) for node in products)
-
-
-def _makes_int8(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.INT8
 
 
 def fuse_onnxruntime(path: Path) -> Fusion:

@@ -8,6 +8,7 @@ from stages.core.artifacts import write_json
 from stages.core.checkpoints import count_parameters, extend_lineage, load_model, save_model
 from stages.core.hardware import saturates_here
 from stages.core.judging import validation_quality
+from stages.core.params import INT8_PRODUCTS
 from stages.core.quantized import quantized_parts, weight_bits
 from stages.core.stage import StageRun, command
 from stages.quantize.bits import needed_bits
@@ -65,7 +66,7 @@ def _first_that_passes(run: StageRun, kitchen: Kitchen) -> tuple[str, Attempt, d
 def _tell_of_saturation(run: StageRun) -> None:
     """Say what a CPU that saturates does to the recipes; other machines may not."""
     params = run.params.quantize
-    if not ({"int8_packed", "int8_static", "int8_mixed", "int8_dynamic"} & set(params.recipes) and saturates_here()):
+    if not (INT8_PRODUCTS & set(params.recipes) and saturates_here()):
         return
     if needed_bits(params.weight_bits) == 7:
         run.say("this CPU has no VNNI: weights of int8 products get 7 bits, so that sums of two of them fit 16 bits")

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
-from stages.core.artifacts import MANIFEST, digest, read_json, text_sha256
-from stages.core.ladder import CHAIN, VARIANTS, LadderRow, fastest_within_floor, headline, ladder_rows, times_smaller
+from stages.core.artifacts import read_json
+from stages.core.ladder import LadderRow, fastest_within_floor, headline, ladder_rows, times_smaller
 from stages.core.params import Params
-from stages.core.stage import MEASURED, METRICS
+from stages.core.stage import METRICS
 from stages.core.tables import read_table
+from stages.report.sections.lineage import lineage
+from stages.report.sections.reproduce import settings_digest
+from stages.report.sources import final_variant, read_evaluations
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
-_EXPORTED = (*CHAIN, "quantize_finetuned")
-"""Variants that are exported before they are measured; a cascade is made of exported models."""
 _COMPARISONS = {"reference": "against_reference", "parent": "against_parent"}
 
 
@@ -31,15 +31,13 @@ def collect_results(inputs: Mapping[str, Path], params: Params) -> dict[str, Any
     Raises:
         UserError: if a file is missing or malformed.
     """
-    evaluations = {
-        name: read_json(inputs[f"evaluate@{name}"] / METRICS) for name in VARIANTS if f"evaluate@{name}" in inputs
-    }
-    rows, final = ladder_rows(evaluations), next(name for name in reversed(CHAIN) if name in evaluations)
+    evaluations, final = read_evaluations(inputs), final_variant(inputs)
+    rows = ladder_rows(evaluations)
     deployment = read_json(inputs["deploy_check"] / METRICS)
     best = fastest_within_floor(rows)
     return {
         "schema": read_json(SCHEMA)["$id"],
-        "params_sha256": _params_digest(params),
+        "params_sha256": settings_digest(params),
         "task": {
             "kind": params.task.kind,
             "name": params.tracking.experiment,
@@ -121,20 +119,6 @@ def _texts(lengths: Path) -> dict[str, int]:
 
 
 def _lineage(inputs: Mapping[str, Path]) -> list[dict[str, str]]:
-    """Digest of every unit that a stage handed on, and of the exported models that were measured."""
-    sums = {
-        (role, manifest.parent.name): digest(manifest.parent)
-        for role, folder in inputs.items()
-        for manifest in sorted(folder.glob(f"*/{MANIFEST}"))
-    }
-    # Exported models may be no input of the report; those who measured them noted what they were given.
-    for variant in (name for name in VARIANTS if f"evaluate@{name}" in inputs):
-        made_by = variant if variant in inputs and variant not in _EXPORTED else f"export@{variant}"
-        given = read_json(inputs[f"evaluate@{variant}"] / MEASURED)["inputs"]["model"]
-        sums.setdefault((made_by, "model"), given)
-    return [{"stage": stage, "unit": unit, "sha256": sum_} for (stage, unit), sum_ in sums.items()]
-
-
-def _params_digest(params: Params) -> str:
-    """Sum of every value that changes a result; where runs are recorded changes none."""
-    return text_sha256(json.dumps(params.model_dump(mode="json", exclude={"tracking"}), sort_keys=True))
+    """Digest of every unit that a stage handed on."""
+    units = [unit for link in lineage(inputs) for unit in link.made]
+    return [{"stage": unit.stage, "unit": unit.name, "sha256": unit.digest} for unit in units]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import report_reading
 from huggingface_hub import ModelCard
 
 from stages.core.artifacts import digest, write_json
@@ -15,13 +16,9 @@ from stages.core.params import Params, load_params
 from stages.report.card import card_data, write_card
 from stages.report.results import SCHEMA, check_results, collect_results
 
-STAGES = ("acquire", "clean", "tokenize", "pretrain", "finetune", "distill", "prune", "quantize", "quantize_finetuned")
-
 
 def inputs(project: Path) -> dict[str, Path]:
-    artifacts = project / "artifacts"
-    folders = {name: artifacts / name for name in (*STAGES, "cascade", "deploy_check", "review", "history")}
-    return folders | {f"evaluate@{name}": artifacts / "evaluate" / name for name in VARIANTS}
+    return {role: project / folder for role, folder in report_reading.inputs().items()}
 
 
 @pytest.fixture
