@@ -49,8 +49,10 @@ from stages.core.stage import StageRun
 from stages.core.structure import attention_linears, encoder_layers, hidden_width, layer_widths
 from stages.core.tasks import Task
 from stages.core.teacher import Recorded, TeacherOutputs, average_logits, teacher_outputs
-from stages.core.tensors import pad_tensors, shuffled_batches, to_device
-from stages.core.training import Batch, Position, Recipe, train
+from stages.core.tensors import pad_tensors, shuffled_batches
+from stages.core.training.loop import train
+from stages.core.training.precision import autocast
+from stages.core.training.recipe import Batch, Position, Recipe, Tensors
 
 _PROJECTION = "distill_projection"
 
@@ -155,7 +157,7 @@ def build_lesson(
     precision = params.optimizer.precision
     if language_model is not None:
         augmentation = params.transfer.augmentation
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(precision):
             examples = add_augmented_texts(examples, labelled, augmentation, language_model, tokenizer, seed)
     outputs = teacher_outputs(teacher, examples.input_ids, recorded, precision)
     further = params.teachers if params.weights.soft else []
@@ -232,7 +234,18 @@ def check_same_tokenizer(checkpoint: Path, tokenizer: Path, name: str) -> None:
         raise UserError(f"{name}: {checkpoint} has another tokenizer than the data; take one with the same")
 
 
-def student_loss(student: nn.Module, task: Task, lesson: Lesson, layers: Sequence[int], batch: Batch) -> Tensor:
+def lesson_batch(lesson: Lesson, batch: Batch) -> Tensors:
+    """Texts of a batch, what is known of them, and their places in the lesson."""
+    examples, places = lesson.examples, torch.tensor(list(batch))
+    return {
+        **pad_tensors([examples.input_ids[i] for i in batch], lesson.pad_id),
+        "labels": torch.from_numpy(examples.labels[list(batch)]),
+        "teacher_logits": lesson.teacher.logits[places],
+        "places": places,
+    }
+
+
+def student_loss(student: nn.Module, task: Task, lesson: Lesson, layers: Sequence[int], tensors: Tensors) -> Tensor:
     """Weighted loss of a batch.
 
     Args:
@@ -240,20 +253,19 @@ def student_loss(student: nn.Module, task: Task, lesson: Lesson, layers: Sequenc
         task: for the terms on logits.
         lesson: texts, teacher's outputs and weights.
         layers: student layers that are held against the recorded teacher layers, in the same order.
-        batch: indices of texts.
+        tensors: of `lesson_batch`.
     """
-    examples, teacher, weights = lesson.examples, lesson.teacher, lesson.weights
-    inputs = to_device(pad_tensors([examples.input_ids[i] for i in batch], lesson.pad_id), student)
+    teacher, weights = lesson.teacher, lesson.weights
+    inputs = {name: tensors[name] for name in ("input_ids", "attention_mask")}
     with recorded_projections(student, _layers_to_record(student, lesson, layers)) as seen:
         output = student(**inputs, output_hidden_states=bool(teacher.hidden))
     logits = output.logits.float()
-    indices = torch.tensor(list(batch))
-    loss = weights.soft * task.soft_loss(logits, teacher.logits[indices].to(logits.device), lesson.temperature)
+    loss = weights.soft * task.soft_loss(logits, tensors["teacher_logits"], lesson.temperature)
     if weights.hard:
-        labels = torch.from_numpy(examples.labels[list(batch)]).to(logits.device)
+        labels = tensors["labels"]
         share = (labels >= 0).float().mean()  # a batch with few labels must not weigh them more
         loss = loss + weights.hard * share * task.loss(logits, labels, smoothing=0.0)
-    mask, tokens = inputs["attention_mask"].bool(), teacher.tokens(indices)
+    mask, tokens = inputs["attention_mask"].bool(), teacher.tokens(tensors["places"].cpu())
     for layer, hidden in zip(layers, teacher.hidden, strict=False):
         states = _projected(student, output.hidden_states[layer + 1][mask]).float()
         wanted = hidden[tokens].to(states.device).float()
@@ -316,8 +328,9 @@ def distillation_recipe(
     return Recipe(
         optimizer=optimizer,
         rounds=epochs,
-        batches=lambda epoch: shuffled_batches(lengths, optimizer.batch_size, seed * 1000 + epoch),
-        loss=lambda batch: student_loss(student, task, lesson, layers, batch),
+        batches=lambda epoch: shuffled_batches(lengths, optimizer.batch_tokens, seed * 1000 + epoch),
+        prepare=lambda batch: lesson_batch(lesson, batch),
+        loss=lambda tensors: student_loss(student, task, lesson, layers, tensors),
         evaluate=lambda: judge(student, task, metric, validation, lesson.pad_id),
     )
 

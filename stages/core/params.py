@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=0)]
 Number = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ExactVersion = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+!-]*$")]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _OWN_COLUMNS = ("text", "label", "input_ids")
 
 
@@ -246,17 +246,40 @@ class TokenizeParams(Section):
     """Share of the packed blocks kept to measure the language model."""
 
 
-class OptimizerParams(Section):
-    """AdamW with linear warm-up and linear decay (Loshchilov & Hutter, 1711.05101)."""
+class ScheduleParams(Section):
+    """How the learning rate falls after a linear warm-up."""
 
-    batch_size: Number
+    kind: Literal["linear"]
+    warmup: ProperFraction
+    """Share of the steps over which the learning rate rises."""
+
+
+class OptimizerParams(Section):
+    """How weights follow gradients."""
+
+    kind: Literal["adamw"]
+    """adamw: Loshchilov & Hutter, 1711.05101."""
+    batch_tokens: Number
+    """Tokens of a batch, padding included: of texts of similar length, so that every step costs about the same."""
     learning_rate: Positive
     weight_decay: NotNegative
-    warmup_fraction: ProperFraction
-    """Share of the steps over which the learning rate rises."""
+    schedule: ScheduleParams
     maximum_gradient_norm: Positive
     precision: Precision
-    """bf16 computes matrix products in bfloat16 (autocast); weights stay fp32."""
+    """Of matrix products (autocast); weights stay fp32. auto: bf16 or fp16 where this machine does them well."""
+
+
+class SaveParams(Section):
+    """How often a training run saves the state that it resumes from."""
+
+    seconds: NotNegative
+    """Between two saved states."""
+
+
+class TrainingParams(Section):
+    """The engine of every stage that trains."""
+
+    saves: SaveParams
 
 
 class PretrainParams(Section):
@@ -932,6 +955,7 @@ class Params(Section):
     acquire: AcquireParams
     clean: CleanParams
     tokenize: TokenizeParams
+    training: TrainingParams
     pretrain: PretrainParams
     finetune: FinetuneParams
     distill: DistillParams

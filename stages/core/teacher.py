@@ -32,6 +32,7 @@ from stages.core.errors import UserError
 from stages.core.observe.progress import track
 from stages.core.params import Precision
 from stages.core.relations import recorded_projections
+from stages.core.training.precision import autocast, resolve_precision
 
 CACHE = ARTIFACTS / ".cache" / "teacher"
 CACHE_BYTES = 4 * 2**30
@@ -88,13 +89,13 @@ def teacher_outputs(
         recorded: what is kept beside the logits.
         precision: in which the teacher computes.
     """
-    folder = CACHE / text_sha256("\n".join([digest(teacher), repr(recorded), precision]))[:16]
+    folder = CACHE / text_sha256("\n".join([digest(teacher), repr(recorded), resolve_precision(precision)]))[:16]
     keys = [_key(row) for row in rows]
     places = _known(folder)
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in places}
     if missing:
         # Loading draws random numbers; whether the answers were on disk must not show in what is trained next.
-        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.random.fork_rng(devices=[]), autocast(precision):
             part = _store(_ask(load_model(teacher), list(missing.values()), recorded), list(missing), folder)
         places |= {key: (part, position) for position, key in enumerate(missing)}
     wanted = [places[key] for key in keys]

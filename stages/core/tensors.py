@@ -7,22 +7,25 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.core.batches import length_batches, pad
+from stages.core.batches import pad, token_batches
+
+_BATCHES_SORTED_TOGETHER = 50
 
 
-def shuffled_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
-    """Cut the indices into random batches of similar length.
+def shuffled_batches(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
+    """Cut the indices into random batches of similar length, of at most so many tokens each, padding included.
 
-    Texts are shuffled, sorted by length within runs of fifty batches, and the batches are shuffled again, so that
+    Texts are shuffled, sorted by length within runs of some fifty batches, and the batches are shuffled again, so that
     neighbours differ between epochs while little is padded.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator).tolist()
-    run = 50 * batch_size
+    mean = sum(lengths) / max(len(lengths), 1)
+    run = max(1, round(_BATCHES_SORTED_TOGETHER * tokens / max(mean, 1.0)))
     batches: list[list[int]] = []
     for start in range(0, len(order), run):
         part = order[start : start + run]
-        batches += [[part[i] for i in batch] for batch in length_batches([lengths[i] for i in part], batch_size)]
+        batches += [[part[i] for i in batch] for batch in token_batches([lengths[i] for i in part], tokens)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 

@@ -14,8 +14,9 @@ from stages.core.examples import load_examples, load_labels, load_pad_id
 from stages.core.judging import judge, validation_quality
 from stages.core.stage import StageRun, command
 from stages.core.tasks import get_task
-from stages.core.tensors import pad_tensors, shuffled_batches, to_device
-from stages.core.training import Batch, Recipe, train
+from stages.core.tensors import pad_tensors, shuffled_batches
+from stages.core.training.loop import train
+from stages.core.training.recipe import Batch, Recipe, Tensors
 from stages.finetune.adversarial import add_adversarial_gradients
 
 
@@ -27,28 +28,26 @@ def run_finetune(run: StageRun) -> dict[str, Any]:
     model: Any = task.build_model(run.inputs["model"], load_labels(data))
     lengths = [len(row) for row in examples.input_ids]
 
-    def loss(batch: Batch) -> Tensor:
-        inputs = to_device(pad_tensors([examples.input_ids[i] for i in batch], pad_id), model)
-        labels = torch.from_numpy(examples.labels[list(batch)]).to(model.device)
-        return task.loss(model(**inputs).logits.float(), labels, params.label_smoothing)
+    def prepare(batch: Batch) -> Tensors:
+        labels = torch.from_numpy(examples.labels[list(batch)])
+        return {**pad_tensors([examples.input_ids[i] for i in batch], pad_id), "labels": labels}
 
-    def adversarial(batch: Batch) -> None:
-        def backward() -> None:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=params.optimizer.precision == "bf16"):
-                value = loss(batch)
-            value.backward()  # type: ignore[no-untyped-call]
-
-        add_adversarial_gradients(model, params.adversarial_epsilon, backward)
+    def loss(tensors: Tensors) -> Tensor:
+        logits = model(tensors["input_ids"], tensors["attention_mask"]).logits
+        return task.loss(logits.float(), tensors["labels"], params.label_smoothing)
 
     recipe = Recipe(
         optimizer=params.optimizer,
         rounds=params.epochs,
-        batches=lambda epoch: shuffled_batches(lengths, params.optimizer.batch_size, seed * 1000 + epoch),
+        batches=lambda epoch: shuffled_batches(lengths, params.optimizer.batch_tokens, seed * 1000 + epoch),
+        prepare=prepare,
         loss=loss,
         evaluate=lambda: judge(model, task, metric, validation, pad_id),
         patience=params.patience,
         learning_rate_scale=partial(layer_scale, layers=model.config.num_hidden_layers, decay=params.layer_decay),
-        after_backward=adversarial if params.adversarial_epsilon else None,
+        adversary=partial(add_adversarial_gradients, model, params.adversarial_epsilon)
+        if params.adversarial_epsilon
+        else None,
     )
     position = train(model, recipe, run, "finetune")
     save_model(model, run.unit("model"), data / "tokenizer", extend_lineage(run.inputs["model"], "finetune"))

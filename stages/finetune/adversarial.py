@@ -29,7 +29,7 @@ def perturbed_embeddings(model: nn.Module, epsilon: float) -> Iterator[None]:
             weight.copy_(before)
 
 
-def add_adversarial_gradients(model: nn.Module, epsilon: float, backward: Callable[[], None]) -> None:
+def add_adversarial_gradients(model: nn.Module, epsilon: float, backward: Callable[[], float]) -> None:
     """Add the gradients of the loss on perturbed embeddings to those already there."""
     with perturbed_embeddings(model, epsilon):
         backward()

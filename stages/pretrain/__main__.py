@@ -18,7 +18,8 @@ from stages.core.examples import load_dataset
 from stages.core.masked_language import chosen_logits
 from stages.core.stage import StageRun, command
 from stages.core.tensors import to_device
-from stages.core.training import Batch, Recipe, train
+from stages.core.training.loop import train
+from stages.core.training.recipe import Batch, Recipe, Tensors
 from stages.pretrain.masking import mask_tokens
 from stages.pretrain.model import build_model, leftover_tensors
 
@@ -38,14 +39,20 @@ class MaskedLanguageModel:
 
     def batches(self, index: int) -> list[list[int]]:
         """Blocks of one part of the run; all parts together are `steps` batches over ever new shuffles."""
-        size, parts = self.params.optimizer.batch_size, self.params.evaluations
+        size, parts = self._blocks_per_batch(), self.params.evaluations
         first, last = (self.params.steps * part // parts for part in (index, index + 1))
         return [self._batch(step, size) for step in range(first, last)]
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy of the hidden tokens; what is hidden depends on the step and the seed alone."""
+    def prepare(self, batch: Batch) -> Tensors:
+        """Blocks with tokens hidden; which ones depends on the step and the seed alone."""
         step, *rows = batch
-        return self._loss(self.train_blocks[rows], torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        return self._hidden(self.train_blocks[rows], torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+
+    def loss(self, tensors: Tensors) -> Tensor:
+        """Cross-entropy of the hidden tokens."""
+        chosen = tensors["chosen"]
+        logits = chosen_logits(self.model, tensors["seen"], chosen)
+        return functional.cross_entropy(logits.float(), tensors["blocks"][chosen])
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Held-out loss in nats a token, perplexity, and bits a byte of text; the same tokens are hidden every time."""
@@ -59,14 +66,16 @@ class MaskedLanguageModel:
 
     @torch.inference_mode()
     def _heldout_loss(self, blocks: Tensor, start: int) -> Tensor:
-        return self._loss(blocks, torch.Generator().manual_seed(_HELDOUT_SEED + start))
+        hidden = self._hidden(blocks, torch.Generator().manual_seed(_HELDOUT_SEED + start))
+        return self.loss(to_device(hidden, self.model))
 
-    def _loss(self, blocks: Tensor, generator: torch.Generator) -> Tensor:
+    def _hidden(self, blocks: Tensor, generator: torch.Generator) -> Tensors:
         mask_id, vocabulary = self.tokenizer.mask_token_id, len(self.tokenizer)
         seen, chosen = mask_tokens(blocks, self.special, mask_id, vocabulary, self.params.mask_probability, generator)
-        batch = to_device({"seen": seen, "chosen": chosen, "blocks": blocks}, self.model)
-        logits = chosen_logits(self.model, batch["seen"], batch["chosen"])
-        return functional.cross_entropy(logits.float(), batch["blocks"][batch["chosen"]])
+        return {"seen": seen, "chosen": chosen, "blocks": blocks}
+
+    def _blocks_per_batch(self) -> int:
+        return max(1, self.params.optimizer.batch_tokens // self.train_blocks.shape[1])
 
     def _batch(self, step: int, size: int) -> list[int]:
         """Number of the step, then rows of the training blocks."""
@@ -117,7 +126,9 @@ def _pretrain(run: StageRun, model: nn.Module, tokenizer: Any) -> dict[str, Any]
         optimizer=run.params.pretrain.optimizer,
         rounds=run.params.pretrain.evaluations,
         batches=language_model.batches,
+        prepare=language_model.prepare,
         loss=language_model.loss,
+        weight=lambda tensors: float(tensors["chosen"].sum()),
         evaluate=language_model.evaluate,
         keep_best=False,
     )

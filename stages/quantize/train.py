@@ -28,8 +28,9 @@ from stages.core.quantized import (
 )
 from stages.core.stage import StageRun
 from stages.core.tasks import Task
-from stages.core.tensors import pad_tensors, shuffled_batches, to_device
-from stages.core.training import Batch, Recipe, train
+from stages.core.tensors import pad_tensors, shuffled_batches
+from stages.core.training.loop import train
+from stages.core.training.recipe import Batch, Recipe, Tensors
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -98,16 +99,19 @@ def train_quantized(
     """
     wanted, student = predict_logits(teacher, examples.input_ids, pad_id), _simulate(model, ranges, factors, limit)
 
-    def loss(batch: Batch) -> Tensor:
-        inputs = to_device(pad_tensors([examples.input_ids[i] for i in batch], pad_id), student)
-        logits: Any = student(**inputs).logits
-        return task.soft_loss(logits.float(), wanted[list(batch)].to(logits.device), params.temperature)
+    def prepare(batch: Batch) -> Tensors:
+        return {**pad_tensors([examples.input_ids[i] for i in batch], pad_id), "wanted": wanted[list(batch)]}
+
+    def loss(tensors: Tensors) -> Tensor:
+        logits: Any = student(tensors["input_ids"], tensors["attention_mask"]).logits
+        return task.soft_loss(logits.float(), tensors["wanted"], params.temperature)
 
     lengths, seed = [len(row) for row in examples.input_ids], run.params.seed
     recipe = Recipe(
         optimizer=params.optimizer,
         rounds=params.epochs,
-        batches=lambda epoch: shuffled_batches(lengths, params.optimizer.batch_size, seed * 1000 + epoch),
+        batches=lambda epoch: shuffled_batches(lengths, params.optimizer.batch_tokens, seed * 1000 + epoch),
+        prepare=prepare,
         loss=loss,
         evaluate=lambda: judge(student, task, run.params.quality.metric, validation, pad_id),
     )

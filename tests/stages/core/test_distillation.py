@@ -11,6 +11,7 @@ import pandas
 import pytest
 import torch
 import yaml
+from torch import Tensor, nn
 
 from stages.core import distillation
 from stages.core.artifacts import write_manifest
@@ -20,6 +21,7 @@ from stages.core.distillation import (
     add_transfer_texts,
     build_lesson,
     check_comparable,
+    lesson_batch,
     matched_layers,
     student_loss,
 )
@@ -35,7 +37,7 @@ from stages.core.params import (
     TransferParams,
 )
 from stages.core.structure import encoder_layers, keep_layers, keep_parts
-from stages.core.tasks import get_task
+from stages.core.tasks import Task, get_task
 from stages.core.teacher import Recorded, teacher_outputs
 
 TASK = get_task("text-classification")
@@ -61,6 +63,10 @@ def _lesson(teacher: Path, data: Path, relation_heads: int = 8, **weights: float
     return Lesson(examples, outputs, record, 2.0, 0, [4] * len(recorded.attention), relation_heads)
 
 
+def _loss(student: nn.Module, task: Task, lesson: Lesson, layers: list[int], batch: list[int]) -> Tensor:
+    return student_loss(student, task, lesson, layers, lesson_batch(lesson, batch))
+
+
 def _params(**changes: Any) -> DistillParams:
     raw = copy.deepcopy(DEFAULT)
     raw["student"] = {"kind": "layers", "layers": [0, 1]}
@@ -82,7 +88,7 @@ def _copy(checkpoint: Path, folder: Path, **config: Any) -> Path:
 @pytest.mark.parametrize("term", ["soft", "hidden", "attention", "relations"])
 def test_a_student_equal_to_the_teacher_has_nothing_to_learn(term: str, tiny_checkpoint: Path, tiny_data: Path) -> None:
     lesson = _lesson(tiny_checkpoint, tiny_data, **{term: 1.0})
-    loss = student_loss(load_model(tiny_checkpoint), TASK, lesson, [0, 1], list(range(10)))
+    loss = _loss(load_model(tiny_checkpoint), TASK, lesson, [0, 1], list(range(10)))
     assert loss.item() == pytest.approx(0.0, abs=1e-4)
 
 
@@ -94,7 +100,7 @@ def test_every_term_reaches_the_layers_it_is_about(
     with torch.no_grad():
         for layer in encoder_layers(student):
             layer.attention.self.query.weight.mul_(-0.5)
-    loss = student_loss(student, TASK, lesson, [0, 1], list(range(10)))
+    loss = _loss(student, TASK, lesson, [0, 1], list(range(10)))
     loss.backward()
     assert loss.item() > 1e-4
     for index in touched:
@@ -111,7 +117,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_checkpoint: Path, tiny_d
 
     def loss(**chosen: float) -> float:
         lesson = _lesson(tiny_checkpoint, tiny_data, **chosen)
-        return student_loss(student, TASK, lesson, [0, 1], list(range(20))).item()
+        return _loss(student, TASK, lesson, [0, 1], list(range(20))).item()
 
     alone = [weight * loss(**{name: 1.0}) for name, weight in weights.items()]
     assert min(alone) > 1e-4
@@ -127,9 +133,9 @@ def test_terms_of_weight_zero_listen_to_nothing(
         distillation, "recorded_projections", lambda model, layers: (listened.append(layers), record(model, layers))[1]
     )
     student = load_model(tiny_checkpoint)
-    student_loss(student, TASK, _lesson(tiny_checkpoint, tiny_data, hidden=1.0), [0, 1], [0])
-    student_loss(student, TASK, _lesson(tiny_checkpoint, tiny_data, relations=1.0), [0, 1], [0])
-    student_loss(student, TASK, _lesson(tiny_checkpoint, tiny_data, attention=1.0), [0, 1], [0])
+    _loss(student, TASK, _lesson(tiny_checkpoint, tiny_data, hidden=1.0), [0, 1], [0])
+    _loss(student, TASK, _lesson(tiny_checkpoint, tiny_data, relations=1.0), [0, 1], [0])
+    _loss(student, TASK, _lesson(tiny_checkpoint, tiny_data, attention=1.0), [0, 1], [0])
     assert listened == [[], [1], [0, 1]]
 
 
@@ -139,7 +145,7 @@ def test_a_pruned_student_learns_relations_but_not_attention(tiny_checkpoint: Pa
         keep_parts(layer, torch.tensor([0, 2, 3]), torch.arange(64))
     lesson = _lesson(tiny_checkpoint, tiny_data, relations=1.0)
     check_comparable(student, lesson, [0, 1])
-    loss = student_loss(student, TASK, lesson, [0, 1], list(range(10)))
+    loss = _loss(student, TASK, lesson, [0, 1], list(range(10)))
     loss.backward()
     assert encoder_layers(student)[1].attention.self.value.weight.grad.abs().sum() > 0
     with pytest.raises(UserError, match="layer 0 of the student has 3 heads where the teacher has 4; set it to 0"):
@@ -152,7 +158,7 @@ def test_a_pruned_student_learns_relations_but_not_attention(tiny_checkpoint: Pa
 def test_relations_come_from_the_last_layer_of_a_shallower_student(tiny_checkpoint: Path, tiny_data: Path) -> None:
     student = load_model(tiny_checkpoint)
     keep_layers(student, [0])
-    loss = student_loss(student, TASK, _lesson(tiny_checkpoint, tiny_data, relations=1.0), [], list(range(10)))
+    loss = _loss(student, TASK, _lesson(tiny_checkpoint, tiny_data, relations=1.0), [], list(range(10)))
     loss.backward()
     assert encoder_layers(student)[0].attention.self.key.weight.grad.abs().sum() > 0
 
@@ -160,10 +166,10 @@ def test_relations_come_from_the_last_layer_of_a_shallower_student(tiny_checkpoi
 def test_hard_labels_count_by_the_share_of_labelled_texts(tiny_checkpoint: Path, tiny_data: Path) -> None:
     student = load_model(tiny_checkpoint)
     lesson = _lesson(tiny_checkpoint, tiny_data, hard=1.0)
-    whole = student_loss(student, TASK, lesson, [], [0, 1]).item()
+    whole = _loss(student, TASK, lesson, [], [0, 1]).item()
     lesson.examples.labels[1] = -1
-    first = student_loss(student, TASK, lesson, [], [0]).item()
-    half = student_loss(student, TASK, lesson, [], [0, 1]).item()
+    first = _loss(student, TASK, lesson, [], [0]).item()
+    half = _loss(student, TASK, lesson, [], [0, 1]).item()
     assert half == pytest.approx(first / 2, rel=1e-4)
     assert whole != pytest.approx(half, rel=1e-4)
 

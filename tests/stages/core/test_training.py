@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from stages.core.params import OptimizerParams
-from stages.core.training import Batch, Position, Recipe, train
+from stages.core.params import OptimizerParams, SaveParams, ScheduleParams, TrainingParams
+from stages.core.training.loop import train
+from stages.core.training.recipe import Batch, Position, Recipe, Tensors
 
 OPTIMIZER = OptimizerParams(
-    batch_size=4,
+    kind="adamw",
+    batch_tokens=4,
     learning_rate=0.05,
     weight_decay=0.01,
-    warmup_fraction=0.1,
+    schedule=ScheduleParams(kind="linear", warmup=0.1),
     maximum_gradient_norm=1.0,
     precision="fp32",
 )
@@ -32,6 +34,7 @@ class FakeRun:
         self.name, self.state = "test", state
         self.points: list[tuple[int, dict[str, float]]] = []
         self.record = SimpleNamespace(log=lambda step, values: None)
+        self.params = SimpleNamespace(training=TrainingParams(saves=SaveParams(seconds=60.0)))
 
     def log(self, step: int, **values: float) -> None:
         self.points.append((step, values))
@@ -56,12 +59,15 @@ class Problem:
         order = torch.randperm(40, generator=torch.Generator().manual_seed(index)).tolist()
         return [order[start : start + 4] for start in range(0, 40, 4)]
 
-    def loss(self, batch: Batch) -> torch.Tensor:
+    def prepare(self, batch: Batch) -> Tensors:
+        rows = torch.tensor(list(batch))
+        return {"inputs": self.inputs[rows], "targets": self.targets[rows]}
+
+    def loss(self, tensors: Tensors) -> torch.Tensor:
         self.steps += 1
         if self.steps == self.interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
-        rows = torch.tensor(list(batch))
-        return (self.model(self.inputs[rows]).squeeze(-1) - self.targets[rows]).square().mean()
+        return (self.model(tensors["inputs"]).squeeze(-1) - tensors["targets"]).square().mean()
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
         with torch.no_grad():
@@ -70,7 +76,7 @@ class Problem:
 
     def fit(self, run: FakeRun, **changes: Any) -> Position:
         settings: dict[str, Any] = {"optimizer": OPTIMIZER, "rounds": 4, **changes}
-        recipe = Recipe(batches=self.batches, loss=self.loss, evaluate=self.evaluate, **settings)
+        recipe = Recipe(batches=self.batches, prepare=self.prepare, loss=self.loss, evaluate=self.evaluate, **settings)
         return train(self.model, recipe, run, "fit")  # type: ignore[arg-type]
 
 

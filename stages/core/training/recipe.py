@@ -1,0 +1,63 @@
+"""What a stage tells the training loop, and where a training run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from stages.core.params import OptimizerParams
+
+Batch = Sequence[int]
+"""What `Recipe.prepare` needs to know of a batch: mostly the rows of the training set that it holds."""
+Tensors = Mapping[str, Tensor]
+"""A batch, ready for the loss: the first dimension of every tensor counts the same examples."""
+
+
+def count_examples(tensors: Tensors) -> float:
+    """Count the examples of a batch."""
+    return float(len(next(iter(tensors.values()))))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on what, and how it is judged."""
+
+    optimizer: OptimizerParams
+    rounds: int
+    """Epochs, or parts of a run of steps; each ends with an evaluation."""
+    batches: Callable[[int], Sequence[Batch]]
+    """Batches of a round; must depend on nothing but the round's number."""
+    prepare: Callable[[Batch], Tensors]
+    """Tensors of a batch, on the CPU; called ahead of time in another thread, so it must depend on the batch alone."""
+    loss: Callable[[Tensors], Tensor]
+    """Mean loss of the examples, computed under autocast, from tensors on the model's device."""
+    evaluate: Callable[[], tuple[float, dict[str, float]]]
+    """A score, larger is better, and the values to add to the curves."""
+    weight: Callable[[Tensors], float] = count_examples
+    """What the mean of `loss` is over: examples, or tokens with a label. Parts of a batch weigh so much in its loss."""
+    patience: int | None = None
+    """Stop after so many rounds without a better score; None runs them all."""
+    keep_best: bool = True
+    """Whether the weights of the best round are kept, or those of the last."""
+    learning_rate_scale: Callable[[str], float] = field(default=lambda name: 1.0)
+    """Share of the learning rate that a parameter of this name gets."""
+    adversary: Callable[[Callable[[], float]], None] | None = None
+    """Called when a batch has its gradients, with a function that adds those of the same batch once more."""
+
+
+@dataclass
+class Position:
+    """Where a training run stands; what cannot be computed again from the params."""
+
+    round: int = 0
+    batch: int = 0
+    step: int = 0
+    parts: int = 1
+    """Into how many micro-batches every batch is cut."""
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    best_score: float | None = None
+    best_round: int = -1
+    history: list[dict[str, float]] = field(default_factory=list)
