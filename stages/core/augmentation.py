@@ -27,26 +27,38 @@ _BATCH_SIZE = 32
 def augmented_rows(
     rows: Sequence[Sequence[int]], params: AugmentationParams, language_model: Path, tokenizer: Any, seed: int
 ) -> list[list[int]]:
-    """Make variants of texts that differ from all of them and from each other.
+    """Make variants of texts that differ from all of them and from each other; see `guessed_copies`."""
+    copies = guessed_copies(rows, params, language_model, tokenizer, seed)
+    made = {tuple(row): None for copy in copies for row in copy}
+    own = {tuple(row) for row in rows}
+    return [list(row) for row in made if row not in own]
+
+
+def guessed_copies(
+    rows: Sequence[Sequence[int]], params: AugmentationParams, language_model: Path, tokenizer: Any, seed: int
+) -> list[list[list[int]]]:
+    """Copy texts with some tokens guessed anew.
 
     Args:
         rows: token ids of the texts.
-        params: how many variants, and how far from the texts.
+        params: how many copies, and how far from the texts.
         language_model: checkpoint folder with a masked-language head.
         tokenizer: whose special tokens are never chosen and never drawn.
         seed: of all chance.
+
+    Returns:
+        [copies][rows], each in the order given.
     """
     # Loading draws random numbers where the checkpoint lacks a part.
     with torch.random.fork_rng(devices=[]):
         model = transformers.AutoModelForMaskedLM.from_pretrained(
             language_model, use_safetensors=True, dtype=torch.float32
         ).eval()
-    made: dict[tuple[int, ...], None] = {}
+    copies = []
     for copy in range(params.copies):
         chances = [numpy.random.default_rng([seed, copy, index]) for index in range(len(rows))]
-        made |= {tuple(row): None for row in _one_copy(model, rows, params, tokenizer, chances)}
-    own = {tuple(row) for row in rows}
-    return [list(row) for row in made if row not in own]
+        copies.append(_one_copy(model, rows, params, tokenizer, chances))
+    return copies
 
 
 def _one_copy(

@@ -264,7 +264,7 @@ def student_loss(student: nn.Module, task: Task, lesson: Lesson, layers: Sequenc
     if weights.hard:
         labels = tensors["labels"]
         share = (labels >= 0).float().mean()  # a batch with few labels must not weigh them more
-        loss = loss + weights.hard * share * task.loss(logits, labels, smoothing=0.0)
+        loss = loss + weights.hard * share * task.loss(logits, labels)
     mask, tokens = inputs["attention_mask"].bool(), teacher.tokens(tensors["places"].cpu())
     for layer, hidden in zip(layers, teacher.hidden, strict=False):
         states = _projected(student, output.hidden_states[layer + 1][mask]).float()

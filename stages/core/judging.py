@@ -34,7 +34,7 @@ def judge(model: nn.Module, task: Task, metric: str, examples: Examples, pad_id:
         a score, larger is better, whose ties are broken by the loss; and loss, accuracy and the metric for the curves.
     """
     logits = predict_logits(model, examples.input_ids, pad_id)
-    loss = float(task.loss(logits, torch.from_numpy(examples.labels), smoothing=0.0))
+    loss = float(task.loss(logits, torch.from_numpy(examples.labels)))
     quality = {name: task.score(name, logits, examples.labels) for name in dict.fromkeys(("accuracy", metric))}
     values = {"validation_loss": loss, **{f"validation_{name}": value for name, value in quality.items()}}
     return quality[metric] - 1e-4 * loss, values

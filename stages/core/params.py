@@ -293,20 +293,6 @@ class PretrainParams(Section):
     optimizer: OptimizerParams
 
 
-class FinetuneParams(Section):
-    """Training of the task head and everything under it."""
-
-    epochs: Number
-    patience: Number
-    """Stop after so many epochs without a better validation score; the best epoch is kept."""
-    label_smoothing: ProperFraction
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)]
-    """Learning rate of each layer over that of the layer above (ULMFiT, 1801.06146); 1 for the same everywhere."""
-    adversarial_epsilon: NotNegative
-    """Size of the fast-gradient step on the word embeddings (Miyato et al., 1605.07725); 0 turns it off."""
-    optimizer: OptimizerParams
-
-
 class AugmentationParams(Section):
     """The task's training texts with some tokens guessed anew by the pretrained language model (TinyBERT, 1909.10351).
 
@@ -320,6 +306,104 @@ class AugmentationParams(Section):
     """Chance of a token being guessed anew; at least one of every text is."""
     candidates: Number
     """The new token is drawn among so many likeliest ones, by their probability."""
+
+
+class FastGradient(Section):
+    """One more gradient of every batch, on word embeddings moved along theirs (FGM; Miyato et al., 1605.07725)."""
+
+    kind: Literal["fgm"]
+    epsilon: Positive
+    """Length of the move, over the whole table of embeddings."""
+
+
+class FreeAdversary(Section):
+    """The mean of several gradients of every batch, while its embeddings move uphill (FreeLB; 1909.11764)."""
+
+    kind: Literal["freelb"]
+    steps: Number
+    """Gradients a batch."""
+    step_size: Positive
+    """Length of a move, of all embeddings of a text together."""
+    epsilon: Positive
+    """How far they may come in all."""
+
+
+class BalancedClasses(Section):
+    """Every class weighs the same in sum."""
+
+    kind: Literal["balanced"]
+
+
+class EffectiveNumber(Section):
+    """A class weighs by how much its texts add to one another (Cui et al., 1901.05555)."""
+
+    kind: Literal["effective_number"]
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """0 weighs texts alike; towards 1 classes are balanced."""
+
+
+class WordEdits(Section):
+    """Copies of the training texts with some words edited (EDA; Wei & Zou, 1901.11196), in one way each."""
+
+    copies: Number
+    """Of every training text."""
+    synonyms: Fraction
+    """Share of the words that give way to a synonym; 0 leaves this way out, as with the others."""
+    insertions: Fraction
+    """Synonyms of words of the text put in anywhere, as a share of its words."""
+    swaps: Fraction
+    """Pairs of words that change places, as a share of the words."""
+    deletions: Fraction
+    """Chance of a word to be left out."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if not (self.synonyms or self.insertions or self.swaps or self.deletions):
+            raise ValueError("synonyms, insertions, swaps and deletions are all 0.0; write null for no edits")
+        return self
+
+
+class FinetuneAugmentation(Section):
+    """More labelled texts, made of the training texts; each copy keeps the label of its text."""
+
+    edits: WordEdits | None
+    """null: none."""
+    guesses: AugmentationParams | None
+    """null: none."""
+
+
+class FinetuneParams(Section):
+    """Training of the task head and everything under it."""
+
+    epochs: Number
+    patience: Number
+    """Stop after so many epochs without a better validation score; the best epoch is kept."""
+    dropout: ProperFraction | None
+    """While fine-tuning, in every layer; null takes the checkpoint's own."""
+    label_smoothing: ProperFraction
+    """Share of a label that is spread over all classes (Szegedy et al., 1512.00567)."""
+    focal_gamma: NotNegative
+    """How much less a text counts that the model is sure of (focal loss; Lin et al., 1708.02002); 0: as much."""
+    class_weights: Annotated[BalancedClasses | EffectiveNumber, Field(discriminator="kind")] | None
+    """null: every text weighs the same."""
+    r_drop: NotNegative
+    """Weight of the divergence between two dropout passes (R-Drop; Liang et al., 2106.14448); 0: one pass."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Learning rate of each layer over that of the layer above (ULMFiT, 1801.06146); 1 for the same everywhere."""
+    reinitialized_layers: Count
+    """Top layers that start anew, and the pooler with them (Zhang et al., 2006.05987); 0 for none."""
+    adversarial: Annotated[FastGradient | FreeAdversary, Field(discriminator="kind")] | None
+    """Further gradients on embeddings moved to where the loss is larger; null: none."""
+    mixup: NotNegative
+    """Embeddings of two texts are mixed by a share from Beta(mixup, mixup) (Guo et al., 1905.08941); 0: none."""
+    augmentation: FinetuneAugmentation
+    optimizer: OptimizerParams
+
+    @model_validator(mode="after")
+    def _methods_that_exclude_each_other(self) -> Self:
+        if self.mixup and self.adversarial is not None and self.adversarial.kind == "freelb":
+            raise ValueError("mixup and adversarial.kind freelb both move the embeddings of a batch; take one of them")
+        return self
 
 
 class NoiseParams(Section):
@@ -982,10 +1066,15 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _synonyms_come_from_somewhere(self) -> Self:
-        if self.robustness.perturbations.synonyms and self.acquire.lexicon is None:
-            raise ValueError(
-                "robustness.perturbations.synonyms needs words that mean the same; set acquire.lexicon, or it to 0.0"
-            )
+        edits = self.finetune.augmentation.edits
+        wanted = {
+            "robustness.perturbations.synonyms": self.robustness.perturbations.synonyms,
+            "finetune.augmentation.edits.synonyms": edits.synonyms if edits else 0.0,
+            "finetune.augmentation.edits.insertions": edits.insertions if edits else 0.0,
+        }
+        needing = [name for name, share in wanted.items() if share]
+        if needing and self.acquire.lexicon is None:
+            raise ValueError(f"{needing[0]} needs words that mean the same; set acquire.lexicon, or it to 0.0")
         return self
 
     @model_validator(mode="after")

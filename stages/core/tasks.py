@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,21 @@ from torch.nn import functional
 from stages.core.metrics import score
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """How a training loss differs from plain cross-entropy."""
+
+    smoothing: float = 0.0
+    """Share of a label that is spread over all classes (1512.00567)."""
+    focal_gamma: float = 0.0
+    """Power of the chance missed by which a text is weighed (1708.02002)."""
+    class_weights: Tensor | None = None
+    """Weight of each class, [classes]; None weighs all 1."""
+
+
+PLAIN = LossOptions()
+
+
 class Task(Protocol):
     """What stages ask of a task kind."""
 
@@ -24,8 +40,8 @@ class Task(Protocol):
     def build_model(self, checkpoint: Path, labels: Sequence[str]) -> nn.Module:
         """Put a fresh head on a checkpoint."""
 
-    def loss(self, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        """Training loss against true labels; label -1 marks a text without one."""
+    def loss(self, logits: Tensor, labels: Tensor, options: LossOptions = PLAIN) -> Tensor:
+        """Training loss against true labels, a mean over texts; label -1 marks a text without one."""
 
     def soft_loss(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
         """Divergence from a teacher's logits."""
@@ -53,11 +69,25 @@ class TextClassification:
         )
         return model
 
-    def loss(self, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        """Cross-entropy with label smoothing (1512.00567); label -1 marks a text without one."""
-        if not (labels >= 0).any():
+    def loss(self, logits: Tensor, labels: Tensor, options: LossOptions = PLAIN) -> Tensor:
+        """Cross-entropy; label -1 marks a text without one.
+
+        Weights do not change what the mean is divided by, the number of texts with a label, so that a batch may be
+        cut into parts.
+        """
+        labelled = labels >= 0
+        if not labelled.any():
             return logits.sum() * 0.0
-        return functional.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=smoothing)
+        if not options.focal_gamma and options.class_weights is None:
+            return functional.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=options.smoothing)
+        logits, labels = logits[labelled], labels[labelled]
+        weights = None if options.class_weights is None else options.class_weights.to(logits)
+        each = functional.cross_entropy(
+            logits, labels, weight=weights, label_smoothing=options.smoothing, reduction="none"
+        )
+        if options.focal_gamma:
+            each = each * _chance_missed(logits, labels) ** options.focal_gamma
+        return each.mean()
 
     def soft_loss(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
         """Kullback-Leibler divergence at a temperature, scaled by its square (Hinton et al., 1503.02531)."""
@@ -68,6 +98,12 @@ class TextClassification:
     def score(self, metric: str, logits: Tensor, labels: numpy.ndarray) -> float:
         """Quality of logits [n, classes] by accuracy, f1_macro or f1_weighted."""
         return score(metric, logits.argmax(dim=-1).numpy(), labels)
+
+
+def _chance_missed(logits: Tensor, labels: Tensor) -> Tensor:
+    """What a model leaves to the wrong classes, [texts]; by `expm1`, which has a gradient near 0 as well."""
+    sure = functional.log_softmax(logits, dim=-1).gather(1, labels[:, None]).squeeze(1)
+    return -torch.expm1(sure)
 
 
 _TASKS: dict[str, Any] = {"text-classification": TextClassification}

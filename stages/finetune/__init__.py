@@ -1,8 +1,25 @@
 """The model learns the task.
 
-In: a checkpoint and the tokenized splits. Out: the checkpoint with its task head, and the curves.
+In: a checkpoint, the tokenized splits, and a lexicon where words are to be edited. Out: the checkpoint with its task
+head, and the curves.
 
-A fresh head on the checkpoint, all weights trained with AdamW; early stopping on validation, the best epoch kept.
-Optional: smaller learning rates towards the input (ULMFiT, 1801.06146), label smoothing (1512.00567), and adversarial
-steps on the word embeddings (Miyato et al., 1605.07725), which help most where examples are few.
+A fresh head on the checkpoint, all weights trained; early stopping on validation, the best epoch kept. What makes it
+generalize, each one value of `finetune` in `params.yaml`:
+
+- Weight decay: AdamW's is decoupled, weights shrink by a share of themselves and not by their gradient (1711.05101);
+  with plain SGD it is L2 regularization. Biases and norms are left out.
+- Dropout: the checkpoint's own, or one value for every layer (Srivastava et al., JMLR 2014).
+- Label smoothing: a share of every label is spread over all classes (1512.00567).
+- R-Drop: two passes with different dropout must agree, by the divergence between their answers (2106.14448). Both run
+  as one batch of twice the size.
+- Layer decay: every layer learns slower than the one above it, the embeddings slowest (ULMFiT, 1801.06146).
+- Fresh top layers: the last layers and the pooler start anew, since what they learnt is closest to the old task
+  (2006.05987).
+- Class weights: rare classes count more, balanced or by the effective number of their texts (1901.05555).
+- Focal loss: a text counts less the surer the model is of it (1708.02002).
+- Adversarial training: fgm adds the gradient on a table of word embeddings moved along its gradient (1605.07725);
+  freelb takes the mean of several gradients while the embeddings of each text move uphill within a ball (1909.11764).
+- Augmentation: copies of the training texts that keep their label, with words edited (synonyms, insertions, swaps,
+  deletions: EDA, 1901.11196) or guessed anew by the pretrained language model (TinyBERT, 1909.10351).
+- Mixup: word embeddings of two texts, and their losses, mixed in a share drawn for each batch (1905.08941).
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,24 +15,33 @@ from stages.core.tasks import get_task
 from stages.core.tensors import pad_tensors, shuffled_batches
 from stages.core.training.loop import train
 from stages.core.training.recipe import Batch, Recipe, Tensors
-from stages.finetune.adversarial import add_adversarial_gradients
+from stages.finetune.adversarial import build_adversary
+from stages.finetune.augmentation import add_copies
+from stages.finetune.layers import learning_rate_shares, reinitialize, set_dropout
+from stages.finetune.losses import batch_loss, loss_options
+from stages.finetune.mixup import with_partners
 
 
 def run_finetune(run: StageRun) -> dict[str, Any]:
     """Train the task head and the model under it."""
     params, seed, data = run.params.finetune, run.params.seed, run.inputs["data"]
     task, metric = get_task(run.params.task.kind), run.params.quality.metric
-    examples, validation, pad_id = load_examples(data, "train"), load_examples(data, "validation"), load_pad_id(data)
-    model: Any = task.build_model(run.inputs["model"], load_labels(data))
+    own, validation, pad_id = load_examples(data, "train"), load_examples(data, "validation"), load_pad_id(data)
+    examples = add_copies(own, params.augmentation, data, run.inputs["model"], run.inputs.get("lexicon"), seed)
+    labels = load_labels(data)
+    model: Any = task.build_model(run.inputs["model"], labels)
+    reinitialize(model, params.reinitialized_layers)
+    set_dropout(model, params.dropout)
+    options = loss_options(params, own.labels.tolist(), len(labels))
     lengths = [len(row) for row in examples.input_ids]
 
     def prepare(batch: Batch) -> Tensors:
-        labels = torch.from_numpy(examples.labels[list(batch)])
-        return {**pad_tensors([examples.input_ids[i] for i in batch], pad_id), "labels": labels}
+        rows = pad_tensors([examples.input_ids[i] for i in batch], pad_id)
+        tensors = {**rows, "labels": torch.from_numpy(examples.labels[list(batch)])}
+        return with_partners(tensors, params.mixup, (seed, *batch)) if params.mixup else tensors
 
     def loss(tensors: Tensors) -> Tensor:
-        logits = model(tensors["input_ids"], tensors["attention_mask"]).logits
-        return task.loss(logits.float(), tensors["labels"], params.label_smoothing)
+        return batch_loss(model, task, options, params.r_drop, tensors)
 
     recipe = Recipe(
         optimizer=params.optimizer,
@@ -44,28 +51,21 @@ def run_finetune(run: StageRun) -> dict[str, Any]:
         loss=loss,
         evaluate=lambda: judge(model, task, metric, validation, pad_id),
         patience=params.patience,
-        learning_rate_scale=partial(layer_scale, layers=model.config.num_hidden_layers, decay=params.layer_decay),
-        adversary=partial(add_adversarial_gradients, model, params.adversarial_epsilon)
-        if params.adversarial_epsilon
-        else None,
+        learning_rate_scale=learning_rate_shares(
+            [name for name, _ in model.named_parameters()], params.layer_decay
+        ).__getitem__,
+        adversary=build_adversary(model, params.adversarial, pad_id),
     )
     position = train(model, recipe, run, "finetune")
     save_model(model, run.unit("model"), data / "tokenizer", extend_lineage(run.inputs["model"], "finetune"))
     return {
         "parameters": count_parameters(model),
+        "training_texts": len(examples),
         "epochs": position.round,
         "best_epoch": position.best_round + 1,
         "validation": validation_quality(model, task, validation, pad_id),
     }
 
 
-def layer_scale(name: str, layers: int, decay: float) -> float:
-    """Share of the learning rate: 1 for the head, `decay` less for each layer further down."""
-    if "embeddings" in name:
-        return decay ** (layers + 1)
-    found = re.search(r"\.layers?\.(\d+)\.", name)
-    return decay ** (layers - int(found[1])) if found else 1.0
-
-
 if __name__ == "__main__":
-    command("finetune", run_finetune, inputs=("model", "data"))
+    command("finetune", run_finetune, inputs=("model", "data"), optional=("lexicon",))

@@ -117,7 +117,7 @@ def _drop_layers(
 
     def loss(shorter: nn.Module) -> float:
         logits = predict_logits(shorter, calibration.input_ids, pad_id)
-        return float(task.loss(logits, torch.from_numpy(calibration.labels), smoothing=0.0))
+        return float(task.loss(logits, torch.from_numpy(calibration.labels)))
 
     return drop_layers(model, params.layers, loss)
 
@@ -176,7 +176,7 @@ def _gradients(model: nn.Module, task: Task, calibration: Examples, pad_id: int)
     def loss(batch: Sequence[int]) -> Tensor:
         inputs = pad_tensors([calibration.input_ids[i] for i in batch], pad_id)
         labels = torch.from_numpy(calibration.labels[list(batch)])
-        return task.loss(model(**inputs).logits, labels, smoothing=0.0) * len(batch)
+        return task.loss(model(**inputs).logits, labels) * len(batch)
 
     batches = length_batches([len(row) for row in calibration.input_ids], _BATCH_SIZE)
     return gate_gradients(model, list(track(batches, "saliency")), loss)

@@ -114,16 +114,13 @@ class Trainer:
     def _add_part(self, tensors: Tensors, share: float) -> float:
         """Add the gradients of a micro-batch that is so large a share of its batch; return its share of the loss."""
 
-        def backward() -> float:
+        def backward(factor: float) -> float:
             with self.accelerator.autocast():
-                loss = self.loss(tensors) * share
+                loss = self.loss(tensors) * (share * factor)
             self.accelerator.backward(loss)
             return float(loss.detach())
 
-        value = backward()
-        if self.recipe.adversary is not None:
-            self.recipe.adversary(backward)
-        return value
+        return backward(1.0) if self.recipe.adversary is None else self.recipe.adversary(backward)
 
     def _evaluate(self) -> None:
         position = self.position

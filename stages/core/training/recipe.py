@@ -43,8 +43,11 @@ class Recipe:
     """Whether the weights of the best round are kept, or those of the last."""
     learning_rate_scale: Callable[[str], float] = field(default=lambda name: 1.0)
     """Share of the learning rate that a parameter of this name gets."""
-    adversary: Callable[[Callable[[], float]], None] | None = None
-    """Called when a batch has its gradients, with a function that adds those of the same batch once more."""
+    adversary: Callable[[Callable[[float], float]], float] | None = None
+    """Computes the gradients of a batch in its own way and returns the loss; None computes them once, as they are.
+
+    Given a function that adds the gradients of the batch, times a share, and returns the loss times that share.
+    """
 
 
 @dataclass

@@ -2,21 +2,21 @@ import numpy
 import pytest
 import torch
 
-from stages.core.tasks import get_task
+from stages.core.tasks import LossOptions, get_task
 
 TASK = get_task("text-classification")
 
 
 def test_loss_ignores_texts_without_a_label() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 5.0], [1.0, 1.0]])
-    labelled = TASK.loss(logits[:1], torch.tensor([0]), smoothing=0.0)
-    assert TASK.loss(logits, torch.tensor([0, -1, -1]), smoothing=0.0) == labelled
+    labelled = TASK.loss(logits[:1], torch.tensor([0]))
+    assert TASK.loss(logits, torch.tensor([0, -1, -1])) == labelled
     assert labelled.item() == pytest.approx(numpy.log(1 + numpy.exp(-2)))
 
 
 def test_a_batch_without_labels_costs_nothing_and_still_has_a_gradient() -> None:
     logits = torch.ones(2, 3, requires_grad=True)
-    TASK.loss(logits, torch.tensor([-1, -1]), smoothing=0.1).backward()
+    TASK.loss(logits, torch.tensor([-1, -1]), LossOptions(smoothing=0.1)).backward()
     assert logits.grad is not None
     assert logits.grad.abs().sum() == 0.0
 
