@@ -86,7 +86,7 @@ class TextClassification:
             logits, labels, weight=weights, label_smoothing=options.smoothing, reduction="none"
         )
         if options.focal_gamma:
-            each = each * _chance_missed(logits, labels) ** options.focal_gamma
+            each = each * (options.focal_gamma * _log_chance_missed(logits, labels)).exp()
         return each.mean()
 
     def soft_loss(self, logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -100,10 +100,13 @@ class TextClassification:
         return score(metric, logits.argmax(dim=-1).numpy(), labels)
 
 
-def _chance_missed(logits: Tensor, labels: Tensor) -> Tensor:
-    """What a model leaves to the wrong classes, [texts]; by `expm1`, which has a gradient near 0 as well."""
-    sure = functional.log_softmax(logits, dim=-1).gather(1, labels[:, None]).squeeze(1)
-    return -torch.expm1(sure)
+def _log_chance_missed(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logarithm of what a model leaves to the wrong classes, [texts].
+
+    Any power of the chance itself has an infinite gradient somewhere below 1; that of the logarithm is bounded.
+    """
+    wrong = logits.scatter(1, labels[:, None], -torch.inf)
+    return wrong.logsumexp(dim=-1) - logits.logsumexp(dim=-1)
 
 
 _TASKS: dict[str, Any] = {"text-classification": TextClassification}
