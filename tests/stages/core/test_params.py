@@ -244,3 +244,21 @@ def test_rubbish_never_raises_anything_but_a_user_error(rubbish: object) -> None
     for raw in (rubbish, {**DEFAULT, "acquire": rubbish}, {**DEFAULT, "tokenize": {"tokenizer": rubbish}}):
         with pytest.raises(UserError):
             parse_params(raw, "params.yaml")
+
+
+EDITS = {"copies": 1, "synonyms": 0.1, "insertions": 0.0, "swaps": 0.0, "deletions": 0.0}
+
+
+def test_ways_to_finetune_that_cannot_work_are_refused() -> None:
+    raw = changed("finetune.mixup", 0.4)
+    raw["finetune"]["adversarial"] = {"kind": "freelb", "steps": 3, "step_size": 0.1, "epsilon": 0.6}
+    assert "finetune: mixup and adversarial.kind freelb both move the embeddings" in complaint(raw)
+    nothing = {**EDITS, "synonyms": 0.0}
+    assert "write null for no edits" in complaint(changed("finetune.augmentation.edits", nothing))
+    raw = changed("finetune.augmentation.edits", EDITS)
+    parse_params(raw, "params.yaml")
+    raw["acquire"]["lexicon"] = None
+    raw["robustness"]["perturbations"]["synonyms"] = 0.0
+    assert "finetune.augmentation.edits.synonyms needs words that mean the same" in complaint(raw)
+    raw["finetune"]["augmentation"]["edits"] = {**nothing, "swaps": 0.1}
+    parse_params(raw, "params.yaml")
