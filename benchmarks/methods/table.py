@@ -25,9 +25,8 @@ def render(lines: Lines) -> str:
     heads = ["method", "changed"]
     for task in tasks:
         heads += [f"{task}: accuracy, %", "macro F1, %", "against plain, points", "time"]
-    rows = [
-        _row(method, list(tasks.values())) for method in METHODS if any(line["method"] == method.name for line in lines)
-    ]
+    measured = {name for results in tasks.values() for name, _ in results}
+    rows = [_row(method, list(tasks.values())) for method in METHODS if method.name in measured]
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *rows]]) + "\n"
 
 

@@ -37,5 +37,5 @@ def _head(model: Any) -> nn.Module:
             return head
     raise UserError(
         f"model_type {model.config.model_type}: its masked-language head is not known here; set pretrain.steps and "
-        "distill.transfer.augmentation.copies to 0"
+        "distill.transfer.augmentation.copies to 0, and finetune.augmentation.guesses to null"
     )

@@ -185,6 +185,7 @@ def line(task: str, method: str, seed: int, accuracy: float, base: str = "b", mi
 def test_the_table_has_a_row_for_each_method_and_pairs_seeds() -> None:
     lines = [
         line("questions", PLAIN, 1, 0.1, base="older"),
+        line("questions", "mixup", 1, 0.1, base="older"),
         line("questions", PLAIN, 1, 0.90, minutes=2.0),
         line("questions", PLAIN, 2, 0.92, minutes=2.0),
         line("questions", "r_drop", 2, 0.93, minutes=4.0),

@@ -176,3 +176,15 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
     problem.targets[:] = float("nan")
     with pytest.raises(FloatingPointError, match="not a number at step 0"):
         problem.fit(FakeRun(tmp_path))
+
+
+def test_an_adversary_computes_the_gradients_of_a_batch_in_shares(tmp_path: Path) -> None:
+    problems, runs = (Problem(), Problem()), (FakeRun(tmp_path / "one"), FakeRun(tmp_path / "other"))
+    adversaries = (None, lambda backward: backward(0.25) + backward(0.75))
+    for problem, run, adversary in zip(problems, runs, adversaries, strict=True):
+        problem.model[1] = nn.Dropout(0.0)  # so that two passes see the same
+        problem.fit(run, adversary=adversary)
+    torch.testing.assert_close(_weights(problems[1]), _weights(problems[0]), rtol=1e-3, atol=1e-5)
+    assert problems[1].steps == 2 * problems[0].steps
+    for one, other in zip(runs[0].points, runs[1].points, strict=True):
+        assert other[1]["train_loss"] == pytest.approx(one[1]["train_loss"], rel=1e-4)
