@@ -45,6 +45,8 @@ class Recipe:
     """Share of the learning rate that a parameter of this name gets."""
     adversary: Callable[[Callable[[], float]], None] | None = None
     """Called when a batch has its gradients, with a function that adds those of the same batch once more."""
+    after_step: Callable[[int], None] | None = None
+    """Called after each step with the number of steps taken; the gradients are still there."""
 
 
 @dataclass
