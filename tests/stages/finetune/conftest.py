@@ -5,31 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
 import torch
-import yaml
+from finetune_parts import TINY, Silent, Stage
 
 from stages.core.artifacts import write_manifest
 from stages.core.params import parse_params
 from stages.core.stage import StageRun
 from stages.finetune.__main__ import run_finetune
-from tests.conftest import tiny_texts
-
-TINY = yaml.safe_load((Path(__file__).parents[3] / "presets" / "tiny.yaml").read_text(encoding="utf-8"))
-
-Stage = Callable[..., tuple[dict[str, Any], StageRun]]
-
-
-class Silent:
-    """A run record that keeps nothing."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        pass
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +45,8 @@ def finetune(tiny_pretrained: Path, tiny_data: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    texts = [f"{text} ?" for text in tiny_texts(300)[0][150:]]
+    words = ("cat", "dog", "one", "two", "paris", "hill")
+    texts = [f"{opening} {word} ?" for opening in ("what is the", "who is a", "where is", "how many") for word in words]
     pandas.DataFrame({"text": texts}).to_parquet(corpus / "corpus.parquet")
     write_manifest(corpus)
     inputs = {"model": tiny_pretrained, "data": tiny_data, "corpus": corpus}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas
 import pytest
+from finetune_parts import KINDS, TINY, Silent, trained
 
 from stages.core.added import describe_added
 from stages.core.artifacts import write_manifest
@@ -18,8 +19,6 @@ from stages.core.structure import layer_widths
 from stages.distill.__main__ import run_distill
 from stages.prune.__main__ import run_prune
 from stages.quantize.__main__ import run_quantize
-from tests.stages.finetune.conftest import TINY, Silent
-from tests.stages.finetune.test_finetune_efficient import KINDS, trained
 
 
 @pytest.mark.parametrize("kind", ["adapters", "prefix"])

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy
 import pytest
+from finetune_parts import TINY, Stage
 
 from stages.core.errors import UserError
 from stages.core.examples import Examples, load_examples
 from stages.core.params import parse_params
 from stages.finetune.repeats import folds_of, joined, spread
-from tests.stages.finetune.conftest import TINY, Stage
 
 
 def test_the_spread_of_known_scores() -> None:

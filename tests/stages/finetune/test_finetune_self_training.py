@@ -11,6 +11,7 @@ import numpy
 import pandas
 import pytest
 import torch
+from finetune_parts import TINY, Stage
 from torch import Tensor, nn
 
 from stages.core.errors import UserError
@@ -18,7 +19,6 @@ from stages.core.examples import Examples, load_examples, load_maximum_length
 from stages.core.params import SelfTrainingParams, parse_params
 from stages.core.training.recipe import Position
 from stages.finetune.self_training import Learned, Pool, load_pool, pseudo_labelled, self_train, surest
-from tests.stages.finetune.conftest import TINY, Stage
 
 ASKED = {"rounds": 2, "confidence": 0.5, "texts": 30, "candidates": 100, "pattern": r"\?$"}
 
