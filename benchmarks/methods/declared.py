@@ -23,6 +23,9 @@ NOTHING: Changes = {
     "finetune.adversarial": None,
     "finetune.mixup": 0.0,
     "finetune.augmentation": {"edits": None, "guesses": None},
+    "finetune.efficient": None,
+    "finetune.self_training": None,
+    "finetune.optimizer.averaging": None,
 }
 """Plain fine-tuning: AdamW with the weight decay of the params, everything else off."""
 
@@ -90,8 +93,50 @@ METHODS: Sequence[Method] = (
     ),
     Method("mixup", "mixup of embeddings", {"finetune.mixup": 0.4}),
     # Fewer weights
+    Method(
+        "lora",
+        "LoRA",
+        {
+            "finetune.efficient": {"kind": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.05, "targets": "all"},
+            "finetune.optimizer.learning_rate": 1.0e-3,
+        },
+    ),
+    Method(
+        "adalora",
+        "AdaLoRA",
+        {
+            "finetune.efficient": {
+                "kind": "adalora", "rank": 8, "start_rank": 12, "alpha": 16.0, "dropout": 0.05, "orthogonality": 0.5,
+                "warmup": 0.1, "cooldown": 0.5, "targets": "all",
+            },
+            "finetune.optimizer.learning_rate": 1.0e-3,
+        },
+    ),
+    Method(
+        "ia3", "IA3", {"finetune.efficient": {"kind": "ia3"}, "finetune.optimizer.learning_rate": 5.0e-3}
+    ),
+    Method(
+        "adapters",
+        "bottleneck adapters",
+        {"finetune.efficient": {"kind": "adapters", "width": 32}, "finetune.optimizer.learning_rate": 1.0e-3},
+    ),
+    Method(
+        "prefix",
+        "prefix tuning",
+        {"finetune.efficient": {"kind": "prefix", "length": 16}, "finetune.optimizer.learning_rate": 5.0e-3},
+    ),
     # Own labels
+    Method(
+        "self_training",
+        "self-training",
+        {
+            "finetune.self_training": {
+                "rounds": 1, "confidence": 0.9, "texts": 2000, "candidates": 20000, "pattern": r"\?$",
+            }
+        },
+    ),
     # Averages of weights
+    Method("averaging", "average of weights (EMA)", {"finetune.optimizer.averaging": 0.99}),
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: the Hugging Face folder, plus `headroom.json` for what that form cannot say.
 
-`headroom.json` holds the width of every layer after pruning and of the hidden states after slicing, how parts are
-quantized, and the lineage. One call loads any of them back with the same logits. Weights are safetensors; pickles are
-never read.
+`headroom.json` holds the width of every layer after pruning and of the hidden states after slicing, what adapters or
+prefixes were added, how parts are quantized, and the lineage. One call loads any of them back with the same logits.
+Weights are safetensors; pickles are never read.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from stages.core.added import describe_added, rebuild_added
 from stages.core.artifacts import digest, read_json, write_json
 from stages.core.errors import UserError
 from stages.core.quantized import describe_quantized, quantized_parts, rebuild_quantized
 from stages.core.sliced import set_hidden_width
 from stages.core.structure import (
+    encoder_layers,
     hidden_width,
     is_compressible,
     is_sliced,
@@ -65,6 +67,7 @@ def save_model(
     description = {
         "format": FORMAT,
         "widths": widths_to_json(layer_widths(model)) if is_compressible(model) else None,
+        "added": describe_added(model),
         "sliced_to": hidden_width(model) if is_sliced(model) else None,
         "quantized": describe_quantized(model),
         "lineage": lineage,
@@ -84,6 +87,9 @@ def load_model(folder: Path) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(folder)
     architecture = getattr(transformers, config.architectures[0])
     model: nn.Module = architecture(config)
+    # Before widths, as pruning cuts prefixes too. Checkpoints from before there were added parts do not name them.
+    if description.get("added") is not None:
+        rebuild_added(encoder_layers(model), description["added"])
     if description["widths"] is not None:
         set_widths(model, widths_from_json(description["widths"]))
     # Checkpoints from before there was slicing do not name it.

@@ -7,7 +7,8 @@ This module holds the same weights and gives the same logits with less work:
 - positions and the token type (0, texts come alone) in one table, and the scale of attention in the query's weights;
 - the last layer only for the first token: the head reads no other, so only its keys and values need all of them.
   Of a model of few layers that is a large share of the work.
-- an attention without heads, or a feed-forward part without neurons, is its bias alone.
+- an attention without heads, or a feed-forward part without neurons, is its bias alone;
+- adapters and prefixes are computed as they are.
 
 Query, key and value stay three products: merged into one they were no faster on ONNX Runtime and OpenVINO, as the
 result has to be split again.
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.core.added import Bottleneck, PrefixedAttention, with_prefix
 from stages.core.quantized import QuantizedLinear
 from stages.core.structure import NoAttention, SlicedOutput, encoder_layers, head_size, is_compressible
 
@@ -33,7 +35,7 @@ def fits(model: nn.Module) -> bool:
     """Tell whether `LeanClassifier` knows all parts of the model: none that was put in the place of transformers'.
 
     Linear layers and tables of words may be of any kind; they are taken as they are. So may layers that lost their
-    attention, and sliced ones.
+    attention, sliced ones, and those with adapters or prefixes.
     """
     parts: Any = model
     if not (is_compressible(model) and type(model).__name__.endswith("ForSequenceClassification")):
@@ -44,7 +46,7 @@ def fits(model: nn.Module) -> bool:
     for layer in layers:
         known += [layer, layer.intermediate]
         own = (layer.attention.self, layer.attention.output, layer.output)
-        known += [part for part in own if not isinstance(part, NoAttention | SlicedOutput)]
+        known += [part for part in own if not isinstance(part, NoAttention | SlicedOutput | PrefixedAttention)]
     return (
         not parts.config.is_decoder
         and bool(layers)
@@ -126,20 +128,27 @@ class _Layer(nn.Module):
         self.attention = _Attention(layer)
         self.attention_norm = layer.attention.output.LayerNorm
         self.attention_skip, self.skip = _skip(layer.attention.output), _skip(layer.output)
+        self.attention_adapter, self.adapter = _adapter(layer.attention.output), _adapter(layer.output)
         self.up, self.activation = layer.intermediate.dense, layer.intermediate.intermediate_act_fn
         self.down, self.norm = layer.output.dense, layer.output.LayerNorm
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         asking = hidden[:, :1] if self.first_only else hidden
-        attended = self.attention_norm(self.attention(asking, hidden, mask) + self.attention_skip(asking))
+        attention = self.attention_adapter(self.attention(asking, hidden, mask))
+        attended = self.attention_norm(attention + self.attention_skip(asking))
         change = self.down(self.activation(self.up(attended))) if self.down.in_features else self.down.bias
-        output: Tensor = self.norm(change + self.skip(attended))
+        output: Tensor = self.norm(self.adapter(change) + self.skip(attended))
         return output
 
 
 def _skip(block: Any) -> nn.Module:
     """What the residual connection does to a block's input: nothing, unless hidden states are sliced."""
     return block.skip if isinstance(block, SlicedOutput) else nn.Identity()
+
+
+def _adapter(block: Any) -> nn.Module:
+    """The adapter at the end of a block, where there is one."""
+    return block.dropout if isinstance(block.dropout, Bottleneck) else nn.Identity()
 
 
 class _Attention(nn.Module):
@@ -155,6 +164,9 @@ class _Attention(nn.Module):
             return
         self.query, self.query_scale = scale_into(attention.query, self.size**-0.5)
         self.key, self.value = attention.key, attention.value
+        self.prefixed = isinstance(attention, PrefixedAttention)
+        if self.prefixed:
+            self.prefix_keys, self.prefix_values = attention.prefix_keys, attention.prefix_values
 
     def forward(self, asking: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
         if not self.heads:
@@ -164,6 +176,10 @@ class _Attention(nn.Module):
         query = self.query(asking).unflatten(-1, shape).transpose(1, 2)
         key = self.key(hidden).unflatten(-1, shape).permute(0, 2, 3, 1)
         value = self.value(hidden).unflatten(-1, shape).transpose(1, 2)
+        if self.prefixed:
+            key = with_prefix(self.prefix_keys, key.transpose(2, 3)).transpose(2, 3)
+            value = with_prefix(self.prefix_values, value)
+            mask = nn.functional.pad(mask, (self.prefix_keys.shape[1], 0))
         scores = query @ key if self.query_scale == 1.0 else (query * self.query_scale) @ key
         context = torch.softmax(scores + mask, dim=-1) @ value
         attended: Tensor = self.output(context.transpose(1, 2).flatten(2))

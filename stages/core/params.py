@@ -293,6 +293,112 @@ class PretrainParams(Section):
     optimizer: OptimizerParams
 
 
+Targets = Literal["attention", "feed_forward", "all"] | Annotated[list[str], Field(min_length=1)]
+
+
+class LoraParams(Section):
+    """A product of two thin matrices beside each weight (Hu et al., 2106.09685); merged into it after training."""
+
+    kind: Literal["lora"]
+    rank: Number
+    alpha: Positive
+    """The product counts alpha / rank times."""
+    dropout: ProperFraction
+    """Of what goes into the product."""
+    targets: Targets
+    """Linear layers of the encoder's blocks; or the ends of their names, such as [query, value]."""
+
+
+class AdaLoraParams(Section):
+    """LoRA whose ranks move to the weights that need them (Zhang et al., 2303.10512); merged after training."""
+
+    kind: Literal["adalora"]
+    rank: Number
+    """Mean over the weights at the end."""
+    start_rank: Number
+    """Of every weight at the start."""
+    alpha: Positive
+    dropout: ProperFraction
+    orthogonality: NotNegative
+    """Weight of the penalty that keeps the columns of both matrices apart."""
+    warmup: ProperFraction
+    """Share of the steps before ranks begin to fall."""
+    cooldown: ProperFraction
+    """Share of the steps after they have fallen."""
+    targets: Targets
+
+    @model_validator(mode="after")
+    def _ranks_fall(self) -> Self:
+        if self.rank >= self.start_rank:
+            raise ValueError(f"rank {self.rank} must be smaller than start_rank {self.start_rank}")
+        if self.warmup + self.cooldown >= 1.0:
+            raise ValueError("warmup and cooldown must leave steps over which the ranks fall")
+        return self
+
+
+class Ia3Params(Section):
+    """A factor for each key, value and feed-forward neuron (Liu et al., 2205.05638); merged after training."""
+
+    kind: Literal["ia3"]
+
+
+class AdaptersParams(Section):
+    """A bottleneck at the end of each block (Houlsby et al., 1902.00751); it stays in the model."""
+
+    kind: Literal["adapters"]
+    width: Number
+
+
+class PrefixParams(Section):
+    """Learned keys and values in every layer (2101.00190, 2110.07602); they stay in the model."""
+
+    kind: Literal["prefix"]
+    length: Number
+
+
+EfficientParams = Annotated[
+    LoraParams | AdaLoraParams | Ia3Params | AdaptersParams | PrefixParams, Field(discriminator="kind")
+]
+
+
+class SelfTrainingParams(Section):
+    """The model's own sure answers on the corpus become labels (Noisy Student, 1911.04252; for texts, 2010.02194)."""
+
+    rounds: Number
+    """Each trains again from the pretrained checkpoint, on what the best model so far labelled."""
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Least probability of a label that is taken."""
+    texts: Number
+    """Taken at most in a round, the same number of every class, the surest first."""
+    candidates: Number
+    """At most so many texts of the corpus are asked about."""
+    pattern: str
+    """Regular expression that a candidate must contain; "." takes any."""
+
+    @model_validator(mode="after")
+    def _pattern_is_one(self) -> Self:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern is no regular expression: {error}") from None
+        return self
+
+
+class RepeatsParams(Section):
+    """Trainings beyond the one, to see how much a result owes to chance."""
+
+    seeds: Number
+    """Train with so many seeds in a row, from `seed` on; the best by validation is kept and the spread reported."""
+    folds: Annotated[int, Field(ge=0)]
+    """Parts of the training and validation texts, each judged once by a model of the others; 0 for none."""
+
+    @model_validator(mode="after")
+    def _more_than_one_fold(self) -> Self:
+        if self.folds == 1:
+            raise ValueError("folds must be 2 or more, or 0 for no cross-validation")
+        return self
+
+
 class AugmentationParams(Section):
     """The task's training texts with some tokens guessed anew by the pretrained language model (TinyBERT, 1909.10351).
 
@@ -397,13 +503,27 @@ class FinetuneParams(Section):
     mixup: NotNegative
     """Embeddings of two texts are mixed by a share from Beta(mixup, mixup) (Guo et al., 1905.08941); 0: none."""
     augmentation: FinetuneAugmentation
+    efficient: EfficientParams | None
+    """Train few parameters and the head, the rest stays as pretrained; null trains all."""
+    self_training: SelfTrainingParams | None
+    """null: labelled texts only."""
+    repeats: RepeatsParams
     optimizer: OptimizerParams
 
     @model_validator(mode="after")
     def _methods_that_exclude_each_other(self) -> Self:
         if self.mixup and self.adversarial is not None and self.adversarial.kind == "freelb":
             raise ValueError("mixup and adversarial.kind freelb both move the embeddings of a batch; take one of them")
+        if self.efficient is not None and self.adversarial is not None and self.adversarial.kind == "fgm":
+            raise ValueError(
+                "adversarial.kind fgm follows the gradient of the word embeddings, which efficient freezes; "
+                "take freelb, or set one of the two to null"
+            )
         return self
+
+    def trains_more_than_once(self) -> bool:
+        """Tell whether the stage trains several models, of which it keeps one."""
+        return self.self_training is not None or self.repeats.seeds > 1 or self.repeats.folds > 0
 
 
 class NoiseParams(Section):

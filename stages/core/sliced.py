@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from stages.core.added import Bottleneck
 from stages.core.errors import UserError
 from stages.core.quantized import quantized_parts, replace_module
 from stages.core.structure import (
@@ -58,6 +59,8 @@ def check_sliceable(model: nn.Module) -> None:
         trouble = "the checkpoint is sliced already"
     elif quantized_parts(model):
         trouble = "the checkpoint is quantized already"
+    elif any(isinstance(part, Bottleneck) for part in model.modules()):
+        trouble = "the checkpoint has adapters (finetune.efficient), which read whole hidden states"
     if trouble:
         raise UserError(f"prune.hidden_slicing: {trouble}; set it to null")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.core.added import PrefixedAttention
 from stages.core.errors import UserError
 
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -229,6 +230,9 @@ def _keep_heads(layer: nn.Module, heads: Tensor) -> None:
     for name in ("query", "key", "value"):
         _replace(layer, f"attention.self.{name}", features, dimension=0)
     _replace(layer, "attention.output.dense", features, dimension=1)
+    attention = layer.get_submodule("attention.self")
+    if isinstance(attention, PrefixedAttention):
+        attention.keep_heads(heads)
     _tell_attention(layer, len(heads))
 
 

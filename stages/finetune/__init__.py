@@ -1,7 +1,7 @@
 """The model learns the task.
 
-In: a checkpoint, the tokenized splits, and a lexicon where words are to be edited. Out: the checkpoint with its task
-head, and the curves.
+In: a checkpoint, the tokenized splits, the corpus, and a lexicon where words are to be edited. Out: the checkpoint with
+its task head, and the curves.
 
 A fresh head on the checkpoint, all weights trained; early stopping on validation, the best epoch kept. What makes it
 generalize, each one value of `finetune` in `params.yaml`:
@@ -22,4 +22,16 @@ generalize, each one value of `finetune` in `params.yaml`:
 - Augmentation: copies of the training texts that keep their label, with words edited (synonyms, insertions, swaps,
   deletions: EDA, 1901.11196) or guessed anew by the pretrained language model (TinyBERT, 1909.10351).
 - Mixup: word embeddings of two texts, and their losses, mixed in a share drawn for each batch (1905.08941).
+
+Few parameters, `finetune.efficient`: LoRA (2106.09685), AdaLoRA (2303.10512) and (IA)^3 (2205.05638) through peft,
+merged into the weights at the end; bottleneck adapters (1902.00751) and prefixes in every layer (2101.00190,
+2110.07602), which no merge can remove: they stay in the checkpoint, and every later stage takes them, but for the
+slicing of hidden states, which refuses adapters. The pooler and the head are always trained.
+
+Self-training, `finetune.self_training` (1911.04252, 2010.02194): the best model so far labels texts of the corpus that
+it is sure of, and one from the pretrained checkpoint learns from these too; the best by validation is kept.
+
+Chance, `finetune.repeats` (2002.06305): several seeds, of which the best by validation is kept, and cross-validation
+over the training and validation texts. The spread over seeds shows how much of the kept model's validation score is
+that choice; a fold's score owes nothing to it, as its best epoch is chosen on other texts.
 """

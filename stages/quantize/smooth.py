@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.core.added import PrefixedAttention
 from stages.core.observe.progress import track
 from stages.core.params import ActivationParams, SmoothingParams
 from stages.core.quantized import ActivationRange, quantize, quantize_weight, weight_scales
@@ -93,7 +94,10 @@ def find_sites(model: nn.Module, names: Sequence[str]) -> list[Site]:
     for layer in encoder_layers(model):
         readers = attention_linears(layer)
         sites.append(Site([name_of[id(reader)] for reader in readers], None))
-        sites.append(Site([name_of[id(attention_output(layer))]], name_of[id(readers[-1])]))
+        # A prefix has values that the value projection does not write.
+        prefixed = isinstance(layer.get_submodule("attention.self"), PrefixedAttention)
+        writer = None if prefixed else name_of[id(readers[-1])]
+        sites.append(Site([name_of[id(attention_output(layer))]], writer))
     known = {name for site in sites for name in site.readers}
     return [*sites, *(Site([name], None) for name in names if name not in known)]
 

@@ -120,17 +120,21 @@ def curves(history: pandas.DataFrame, held_out: str, label: str) -> Figure:
     """Draw training loss and the loss on texts not trained on, over steps.
 
     Args:
-        history: a row per logged step, empty where a curve has no point.
+        history: a row per logged step, empty where a curve has no point; trainings that `training` tells apart are
+            lines of their own.
         held_out: name of the column with the other loss.
         label: what to call it.
     """
     figure = new_figure(4.0, 2.6)
     axes = figure.subplots()
-    train = history.dropna(subset=["train_loss"])
-    axes.plot(train["step"], train["train_loss"], color=ACCENT, linewidth=1.2, label="training")
-    if held_out in history:
-        other = history.dropna(subset=[held_out])
-        axes.plot(other["step"], other[held_out], "o-", color=SECOND, linewidth=1.6, markersize=4, label=label)
+    trainings = history.get("training", 1)
+    for number, (_, part) in enumerate(history.assign(training=trainings).groupby("training")):
+        names = ("training", label) if number == 0 else (None, None)
+        train = part.dropna(subset=["train_loss"])
+        axes.plot(train["step"], train["train_loss"], color=ACCENT, linewidth=1.2, label=names[0])
+        if held_out in part:
+            other = part.dropna(subset=[held_out])
+            axes.plot(other["step"], other[held_out], "o-", color=SECOND, linewidth=1.6, markersize=4, label=names[1])
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -95,6 +95,8 @@ class Trainer:
         if value != value:
             raise FloatingPointError(f"{self.run.name}: the loss is not a number at step {position.step}")
         position.step += 1
+        if self.recipe.after_step is not None:
+            self.recipe.after_step(position.step)
         position.loss_sum += value
         position.loss_count += 1
         if position.step % _STEPS_BETWEEN_LIVE_POINTS == 0:

@@ -48,6 +48,8 @@ class Recipe:
 
     Given a function that adds the gradients of the batch, times a share, and returns the loss times that share.
     """
+    after_step: Callable[[int], None] | None = None
+    """Called after each step with the number of steps taken; the gradients are still there."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def section(inputs: Inputs, params: Params) -> Section | None:
         title="Training",
         summary=f"Curves of {trained}." if trained else "No stage trained anything.",
         context={
-            "stages": [_told(stage, histories.get(stage)) for stage in found],
+            "stages": [
+                _told(stage, histories.get(stage), read_metrics(inputs, stage) if stage == "finetune" else {})
+                for stage in found
+            ],
             "sparsity": _sparsity(read_metrics(inputs, "prune")) if "prune" in inputs else None,
         },
         figures={f"curves_{stage}": _curves(stage, table) for stage, table in histories.items()},
@@ -48,9 +52,9 @@ def section(inputs: Inputs, params: Params) -> Section | None:
 
 
 def history(path: Path) -> pandas.DataFrame:
-    """Read a stage's curves; steps that start again, as in a second round of pruning, go on counting."""
+    """Read a stage's curves; steps that start again, as in a second training, go on counting."""
     table = read_numbers(path, "step", "train_loss")
-    restart = table["step"].shift(fill_value=0).where(table["step"].diff() < 0, 0)
+    restart = table["step"].shift(fill_value=0).where(table["step"].diff() <= 0, 0)
     return table.assign(step=table["step"] + restart.cumsum())
 
 
@@ -60,8 +64,8 @@ def _curves(stage: str, table: pandas.DataFrame) -> Figure:
         return plots.curves(table, column, label)
 
 
-def _told(stage: str, table: pandas.DataFrame | None) -> dict[str, Any]:
-    """A stage's name and picture, and the best value of its curves."""
+def _told(stage: str, table: pandas.DataFrame | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's name and picture, the best value of its curves, and what its repeats and own labels gave."""
     if table is None:
         return {"title": _STAGES[stage], "picture": None, "note": "Trained nothing: handed its model on."}
     if "validation_accuracy" in table and table["validation_accuracy"].notna().any():
@@ -74,8 +78,26 @@ def _told(stage: str, table: pandas.DataFrame | None) -> dict[str, Any]:
     return {
         "title": _STAGES[stage],
         "picture": f"curves_{stage}",
-        "note": f"{note}, {table['step'].max():,.0f} steps.",
+        "note": " ".join([f"{note}, {table['step'].max():,.0f} steps.", *_repeats(metrics)]),
     }
+
+
+def _repeats(metrics: Mapping[str, Any]) -> list[str]:
+    """Sentences on the trainings beyond the one, where there were any."""
+    said = []
+    for name, scores, what in (("seeds", "validation", "on validation"), ("folds", "held_out", "held out")):
+        found = metrics.get(name)
+        if found:
+            said.append(
+                f"{len(found[scores])} {name}, {what}: {found['mean']:.1%} on average, "
+                f"standard deviation {found['standard_deviation']:.1%}, "
+                f"{found['minimum']:.1%} to {found['maximum']:.1%}."
+            )
+    own = metrics.get("self_training")
+    if own:
+        taken = ", ".join(f"{found['taken']:,}" for name, found in own["rounds"].items() if name != "0")
+        said.append(f"Own labels on {taken} texts a round; kept is round {own['kept_round']}.")
+    return said
 
 
 def _sparsity(metrics: dict[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from stages.core.errors import UserError
 from stages.core.ladder import ladder_rows
 from stages.core.params import load_params
 from stages.core.stage import HISTORY
+from stages.report import plots
 from stages.report.page import SECTIONS, read_sections
 from stages.report.sections import ladder, lineage, pareto, quantization, reproduce, training
 from stages.report.sections.mistakes import confusion
@@ -202,6 +203,30 @@ def test_steps_go_on_counting_over_rounds_of_pruning(tmp_path: Path) -> None:
         "step,epoch,train_loss,validation_loss\n10,1,1.0,1.1\n20,2,0.8,0.9\n10,1,0.9,1.0\n20,2,0.7,0.8\n"
     )
     assert list(training.history(tmp_path / HISTORY)["step"]) == [10, 20, 30, 40]
+
+
+def test_trainings_of_one_round_go_on_counting_and_are_lines_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / HISTORY).write_text("step,train_loss,validation_loss,training\n10,1.0,1.1,1\n10,0.9,1.0,2\n")
+    table = training.history(tmp_path / HISTORY)
+    assert list(table["step"]) == [10, 20]
+    (axes,) = plots.curves(table, "validation_loss", "validation").axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[10], [10], [20], [20]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+
+
+def test_repeats_and_own_labels_are_told(project: Path) -> None:
+    found = {"mean": 0.95, "standard_deviation": 0.004, "minimum": 0.946, "maximum": 0.954}
+    change_metrics(
+        project / "artifacts/finetune",
+        seeds={**found, "kept_seed": 18, "validation": {"17": 0.946, "18": 0.954}},
+        folds=None,
+        self_training={"candidates": 9, "kept_round": 1, "rounds": {"0": {"taken": 0}, "1": {"taken": 1200}}},
+    )
+    section = training.section({"finetune": project / "artifacts/finetune"}, load_params(REPOSITORY / "params.yaml"))
+    assert section is not None
+    note = section.context["stages"][0]["note"]
+    assert "2 seeds, on validation: 95.0% on average, standard deviation 0.4%, 94.6% to 95.4%." in note
+    assert note.endswith("Own labels on 1,200 texts a round; kept is round 1.")
 
 
 def test_class_names_that_look_like_numbers_or_nothing_survive(project: Path) -> None:
