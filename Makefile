@@ -1,6 +1,6 @@
 # Two commands do the main job: `make run` and `make test`. Both make .venv first; a second call starts at once.
 .DEFAULT_GOAL := help
-.PHONY: help run test ui bench lint format clean gpu
+.PHONY: help run test ui bench bench-training lint format clean gpu
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,8 +13,8 @@ export DO_NOT_TRACK ?= true
 export DVC_NO_ANALYTICS ?= true
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name what; do \
-		printf '  make %-8s %s\n' "$$name" "$$what"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name what; do \
+		printf '  make %-14s %s\n' "$$name" "$$what"; done
 
 run: $(INSTALLED) ## run the whole pipeline; ARGS="--workers 1" and the like go to `headroom run`
 	@$(BIN)/headroom run $(ARGS)
@@ -27,6 +27,9 @@ ui: $(INSTALLED) ## serve the MLflow UI and Prefect on 127.0.0.1 until Ctrl-C
 
 bench: $(INSTALLED) ## measure Headroom beside its peers on the finished run; ARGS="--only optimum" and the like
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-training: $(INSTALLED) ## train beside the transformers Trainer; ARGS="--only pretrain --profile" and the like
+	@$(BIN)/python -m benchmarks.training $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy and import-linter
 	@$(BIN)/ruff check --quiet .
