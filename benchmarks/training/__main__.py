@@ -108,7 +108,7 @@ def _measure(arguments: argparse.Namespace, contenders: Sequence[Contender]) -> 
         do="prepare",
         artifacts=str(Path(arguments.artifacts).absolute()),
         params=str(Path(arguments.params).absolute()),
-        work=str(work),
+        folder=str(work),
         tokens=arguments.tokens,
         seed=arguments.seed,
         evaluations=_EVALUATIONS_AN_EPOCH,
@@ -234,8 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training",
         description="Train with Headroom's engine and with the transformers Trainer: the same model, texts, batches "
-        "and schedule, each run in a process of its own, in turns. Writes the measured half of docs/training.md, a picture "
-        "and a file of results.",
+        "and schedule, each run in a process of its own, in turns. Writes the measured half of docs/training.md, a "
+        "picture and a file of results.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--artifacts", default=str(ARTIFACTS), help="artifacts folder of a finished run; only read")

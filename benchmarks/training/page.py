@@ -191,8 +191,8 @@ def _profiles(result: Mapping[str, Any]) -> str:
             "### Where the time of a pretraining step goes",
             "",
             "PyTorch's profiler over one step, time of the operations themselves. Those of the thread that prepares "
-            "the next batch count too, so that a column can add up to more than its step, and Python between operations "
-            "is in none.",
+            "the next batch count too, so that a column can add up to more than its step, and Python between "
+            "operations is in none.",
             "",
             f"| | {header} |",
             "| --- |" + " --- |" * len(profiles),

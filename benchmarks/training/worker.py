@@ -36,7 +36,7 @@ def main() -> int:
 def _prepare(request: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.training.prepare import CHECKPOINT, prepare_finetuning, prepare_pretraining
 
-    artifacts, work = Path(request["artifacts"]), Path(request["work"])
+    artifacts, work = Path(request["artifacts"]), Path(request["folder"])
     params = yaml.safe_load(Path(request["params"]).read_text(encoding="utf-8"))
     pretrain = prepare_pretraining(artifacts, params, request["tokens"], work / "pretrain", request["seed"])
     start = work / "pretrain" / CHECKPOINT
