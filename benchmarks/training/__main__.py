@@ -54,15 +54,15 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.training.picture import draw  # after the options are read: `--help` answers at once
-    from benchmarks.training.summary import finetune_row, pretrain_row, targets
-
     contenders = choose(arguments.only)
     page = Path(arguments.docs) / _PAGE
     _check(arguments, page)
     started, spent = time.monotonic(), contenders_seconds()
     with watch_other_load() as load:
         result = _measure(arguments, contenders)
+    from benchmarks.training.picture import draw  # slow to import: a wrong option is told at once
+    from benchmarks.training.summary import finetune_row, pretrain_row, targets
+
     seconds = time.monotonic() - started
     share = (contenders_seconds() - spent) / (seconds * len(usable_processors()))
     result |= {"minutes": seconds / 60, "other_load": max(0.0, load.share - share)}
