@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import random
 import shlex
@@ -22,7 +23,7 @@ from benchmarks.training.settings import SHARED, WARM_UP_STEPS
 from benchmarks.workers import WorkerError, contenders_seconds, run_once, thread_settings
 from stages.core.artifacts import ARTIFACTS, read_json, write_json
 from stages.core.errors import UserError
-from stages.core.hardware import describe_hardware, package_versions, usable_processors
+from stages.core.hardware import describe_hardware, usable_processors
 from stages.core.observe.progress import say
 from stages.core.timing import watch_other_load
 
@@ -57,12 +58,13 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     contenders = choose(arguments.only)
     page = Path(arguments.docs) / _PAGE
     _check(arguments, page)
+
+    from benchmarks.training.picture import draw  # slow to import, and a wrong option is to be told at once
+    from benchmarks.training.summary import finetune_row, pretrain_row, targets
+
     started, spent = time.monotonic(), contenders_seconds()
     with watch_other_load() as load:
         result = _measure(arguments, contenders)
-    from benchmarks.training.picture import draw  # slow to import: a wrong option is told at once
-    from benchmarks.training.summary import finetune_row, pretrain_row, targets
-
     seconds = time.monotonic() - started
     share = (contenders_seconds() - spent) / (seconds * len(usable_processors()))
     result |= {"minutes": seconds / 60, "other_load": max(0.0, load.share - share)}
@@ -140,7 +142,7 @@ def _measure(arguments: argparse.Namespace, contenders: Sequence[Contender]) -> 
         "failures": failures,
         "threads": thread_settings(),
         "hardware": describe_hardware(),
-        "versions": {name: package_versions()[name] for name in ("torch", "transformers", "accelerate")},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
     }
 
 
