@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", default=str(results / "results.json"), help="file for the results")
     parser.add_argument("--docs", default="docs", help=f"folder of {_PAGE} and {_PICTURE}")
     parser.add_argument("--rounds", type=int, default=3, help="in which all take turns, each with a seed of its own")
-    parser.add_argument("--tokens", type=int, default=32768, help="to pretrain on in a run")
+    parser.add_argument("--tokens", type=int, default=24576, help="to pretrain on in a run")
     parser.add_argument("--accuracy", type=float, default=0.93, help="validation accuracy to reach in fine-tuning")
     parser.add_argument("--seed", type=int, default=0, help="of the texts, and of the first round")
     parser.add_argument("--only", nargs="*", default=[], help="names of contenders, or their beginnings")

@@ -26,6 +26,9 @@ class Contender:
     whole_once: bool = False
     """Whether it runs in full in the first round all the same, for the loss that it ends with."""
 
+    when_named: bool = False
+    """Whether it takes part only where `--only` names it, to keep the default run short."""
+
     @property
     def headroom(self) -> bool:
         """Whether it is Headroom."""
@@ -52,12 +55,14 @@ CONTENDERS = (
     Contender("pretrain-trainer-grouped", "Trainer, texts joined and cut into blocks", "pretrain", "grouped"),
     Contender("finetune-headroom", "Headroom, batches by length and tokens", "finetune", "headroom"),
     Contender(TARGET_FINETUNE, "Trainer, padded to the longest in the batch", "finetune", "dynamic"),
-    Contender("finetune-trainer-by-length", "Trainer, the same, grouped by length", "finetune", "by_length"),
+    Contender(
+        "finetune-trainer-by-length", "Trainer, the same, grouped by length", "finetune", "by_length", when_named=True
+    ),
 )
 
 
 def choose(only: Sequence[str]) -> list[Contender]:
-    """Keep the contenders whose name starts with one of `only`; all if it is empty.
+    """Keep the contenders whose name starts with one of `only`; if it is empty, all that need not be named.
 
     Raises:
         UserError: if a name fits nobody.
@@ -66,4 +71,6 @@ def choose(only: Sequence[str]) -> list[Contender]:
         if not any(contender.name.startswith(name) for contender in CONTENDERS):
             names = ", ".join(contender.name for contender in CONTENDERS)
             raise UserError(f"--only {name}: no such contender; there are {names}")
-    return [each for each in CONTENDERS if not only or any(each.name.startswith(name) for name in only)]
+    if not only:
+        return [each for each in CONTENDERS if not each.when_named]
+    return [each for each in CONTENDERS if any(each.name.startswith(name) for name in only)]
