@@ -1,6 +1,6 @@
 # Two commands do the main job: `make run` and `make test`. Both make .venv first; a second call starts at once.
 .DEFAULT_GOAL := help
-.PHONY: help run test ui bench bench-methods lint format clean gpu
+.PHONY: help run test ui bench bench-training bench-methods lint format clean gpu
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,6 +30,8 @@ bench: $(INSTALLED) ## measure Headroom beside its peers on the finished run; AR
 
 bench-methods: $(INSTALLED) ## fine-tune once a method and seed and tabulate the gains; ARGS="--only r_drop" and the like
 	@$(BIN)/python -m benchmarks.methods $(ARGS)
+bench-training: $(INSTALLED) ## train beside the transformers Trainer; ARGS="--only pretrain --profile" and the like
+	@$(BIN)/python -m benchmarks.training $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy and import-linter
 	@$(BIN)/ruff check --quiet .

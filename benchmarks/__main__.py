@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import resource
 import shlex
 import signal
 import sys
@@ -20,7 +19,7 @@ from benchmarks.measure import Plan, mean_tokens, measure, read_results
 from benchmarks.page import render_page, render_section
 from benchmarks.picture import draw
 from benchmarks.summary import Row, fastest, make_rows, victories
-from benchmarks.workers import thread_settings
+from benchmarks.workers import contenders_seconds, thread_settings
 from stages.core.artifacts import ARTIFACTS, write_json
 from stages.core.ceilings import measure_ceilings, operations_per_text
 from stages.core.choice import Setting
@@ -66,11 +65,11 @@ def _run(arguments: argparse.Namespace) -> None:
             f"{plan.checkpoint}: no fine-tuned model; `make run` makes one, or name another --task-artifacts"
         )
     contenders = choose([*PEERS, *headroom_contenders(artifacts)], arguments.only)
-    started, spent = time.monotonic(), _contenders_seconds()
+    started, spent = time.monotonic(), contenders_seconds()
     with watch_other_load() as load:
         measured = measure(plan, contenders)
     minutes = (time.monotonic() - started) / 60
-    share = (_contenders_seconds() - spent) / ((time.monotonic() - started) * len(usable_processors()))
+    share = (contenders_seconds() - spent) / ((time.monotonic() - started) * len(usable_processors()))
     if "error" in measured[REFERENCE]:
         raise UserError(f"{REFERENCE}: {measured[REFERENCE]['error']}; without it there is nothing to compare with")
     test = load_examples(plan.data, "test")
@@ -114,12 +113,6 @@ def _command(arguments: argparse.Namespace) -> str:
         if name not in _FOLDERS and value != _parser().get_default(name)
     ]
     return " ".join(["python -m benchmarks", *given])
-
-
-def _contenders_seconds() -> float:
-    """Processor seconds of all processes that this one has started and seen end."""
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return spent.ru_utime + spent.ru_stime
 
 
 def _write_docs(results: Mapping[str, Any], docs: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -141,6 +142,12 @@ def environment(python: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     path = os.pathsep.join([str(python.parent), inherited.get("PATH", os.defpath)])
     return {**inherited, **_SETTINGS, "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def contenders_seconds() -> float:
+    """Processor seconds of all processes that this one has started and seen end."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def thread_settings(names: Sequence[str] = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")) -> dict[str, str]:
