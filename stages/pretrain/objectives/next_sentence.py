@@ -44,13 +44,14 @@ class NextSentence:
 
     def _find_pair_head(self, checkpoint: Path, length: int) -> str:
         # The classes for pretraining of other families have no head for pairs.
-        if not self.model.config.is_encoder_decoder:
+        config: Any = self.model.config
+        if not config.is_encoder_decoder:
             outputs = probe(self.model, torch.ones(1, length, dtype=torch.int64))
             for name in _PAIR_LOGITS:
                 if name in outputs:
                     return name
         raise UserError(
-            f"{checkpoint}: {self.model.config.model_type} has no next-sentence head; "
+            f"{checkpoint}: {config.model_type} has no next-sentence head; "
             "take a bert or albert, or set pretrain.objective.kind to masked"
         )
 

@@ -28,8 +28,9 @@ class SequencePairs:
 
     def __init__(self, checkpoint: Path, tokenizer: Any, vocabulary: int, length: int, objective: str):
         kinds = (transformers.AutoModelForSeq2SeqLM,)
-        self.model: Any = build_model(checkpoint, kinds, tokenizer, vocabulary, objective)
-        self._start = self.model.config.decoder_start_token_id
+        self.model = build_model(checkpoint, kinds, tokenizer, vocabulary, objective)
+        config: Any = self.model.config
+        self._start: int = config.decoder_start_token_id
         if self._start is None:
             raise UserError(f"{checkpoint}: config.json has no decoder_start_token_id, which the decoder begins with")
         ids = torch.ones(1, length, dtype=torch.int64)

@@ -33,7 +33,7 @@ class SpanCorruption(SequencePairs):
     def prepare(self, blocks: Tensor, progress: float, generator: torch.Generator) -> Tensors:
         """Take spans out of the blocks."""
         text = blocks[:, 1:]
-        noise = noise_spans(*text.shape, self._noise, len(self._sentinels), generator)
+        noise = noise_spans(len(text), text.shape[1], self._noise, len(self._sentinels), generator)
         inputs, targets = corrupt(text, noise, self._sentinels, self._end)
         return {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "targets": targets}
 
