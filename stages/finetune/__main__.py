@@ -33,7 +33,7 @@ def run_finetune(run: StageRun) -> dict[str, Any]:
         return {**pad_tensors([examples.input_ids[i] for i in batch], pad_id), "labels": labels}
 
     def loss(tensors: Tensors) -> Tensor:
-        logits = model(tensors["input_ids"], tensors["attention_mask"]).logits
+        logits = model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
         return task.loss(logits.float(), tensors["labels"], params.label_smoothing)
 
     recipe = Recipe(
