@@ -30,6 +30,7 @@ bench: $(INSTALLED) ## measure Headroom beside its peers on the finished run; AR
 
 bench-methods: $(INSTALLED) ## fine-tune once a method and seed and tabulate the gains; ARGS="--only r_drop" and the like
 	@$(BIN)/python -m benchmarks.methods $(ARGS)
+
 bench-training: $(INSTALLED) ## train beside the transformers Trainer; ARGS="--only pretrain --profile" and the like
 	@$(BIN)/python -m benchmarks.training $(ARGS)
 

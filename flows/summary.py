@@ -17,7 +17,7 @@ from stages.core.ladder import VARIANTS, LadderRow, headline, ladder_rows, point
 StageStatus = Literal["ran", "cached", "refused", "failed", "interrupted", "skipped"]
 RunStatus = Literal["done", "refused", "failed", "interrupted"]
 
-_KEY_METRICS = ("verdict", "alias", "quality.{metric}", "validation.{metric}", "after.perplexity", "perplexity")
+_KEY_METRICS = ("verdict", "alias", "quality.{metric}", "validation.{metric}", "after.perplexity", "after.heldout_loss")
 
 
 @dataclass

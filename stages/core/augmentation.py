@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from stages.core.batches import length_batches
+from stages.core.errors import UserError
 from stages.core.masked_language import chosen_logits
 from stages.core.observe.progress import track
 from stages.core.params import AugmentationParams
@@ -50,10 +51,16 @@ def guessed_copies(
         [copies][rows], each in the order given.
     """
     # Loading draws random numbers where the checkpoint lacks a part.
-    with torch.random.fork_rng(devices=[]):
-        model = transformers.AutoModelForMaskedLM.from_pretrained(
-            language_model, use_safetensors=True, dtype=torch.float32
-        ).eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = transformers.AutoModelForMaskedLM.from_pretrained(
+                language_model, use_safetensors=True, dtype=torch.float32
+            ).eval()
+    except ValueError:
+        raise UserError(
+            f"params.yaml: distill.transfer.augmentation.copies: {language_model} has no masked-language head to guess "
+            "tokens with; set it to 0, or pretrain.objective.kind to masked"
+        ) from None
     copies = []
     for copy in range(params.copies):
         chances = [numpy.random.default_rng([seed, copy, index]) for index in range(len(rows))]

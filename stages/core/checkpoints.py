@@ -130,6 +130,17 @@ def _without_ties(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def _with_ties(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state as `_without_ties` left it, with every name that a tensor has in the model."""
+    written = {tensor.data_ptr(): state[name] for name, tensor in model.state_dict().items() if name in state}
+    second = {
+        name: written[tensor.data_ptr()]
+        for name, tensor in model.state_dict().items()
+        if name not in state and tensor.numel() and tensor.data_ptr() in written
+    }
+    return {**state, **second}
+
+
 def _write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in sorted(state.items())}
     safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -143,7 +154,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
     try:
-        state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        state = _with_ties(model, safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (safetensors.SafetensorError, FileNotFoundError) as error:
         raise UserError(
             f"{folder / WEIGHTS_FILE}: cannot be read ({error}); run `dvc checkout` to restore it"

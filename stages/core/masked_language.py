@@ -1,41 +1,49 @@
-"""What a masked-language model says at the tokens it must guess."""
+"""What a language model says at the tokens it must guess, and only there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stages.core.errors import UserError
+
+@contextmanager
+def only_at(model: Any, chosen: Tensor) -> Iterator[None]:
+    """Let a language model compute logits at some positions only; the head is by far the dearest part.
+
+    Within the context the model's body hands its head [1, chosen, width] instead of [texts, length, width], whatever
+    the family calls either of them, and so `model(...)` gives logits [1, chosen, vocabulary].
+
+    Args:
+        model: a transformers model with a language-model head.
+        chosen: where it must guess, bool [texts, length]; of the decoder's tokens where there is a decoder.
+    """
+
+    def choose(module: nn.Module, inputs: Any, output: Any) -> Any:
+        output["last_hidden_state"] = output["last_hidden_state"][chosen].unsqueeze(0)
+        return output
+
+    body = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+    hook = body.register_forward_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def chosen_logits(model: Any, seen: Tensor, chosen: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits [chosen, vocabulary] at the chosen positions only; the head is by far the dearest part.
+    """Logits [chosen, vocabulary] at the chosen positions only.
 
     Args:
         model: a transformers model with a masked-language head.
         seen: token ids, [texts, length].
         chosen: where the model must guess, bool [texts, length].
         mask: attention mask, [texts, length]; None where nothing is padded.
-
-    Raises:
-        UserError: if the family's head is not known.
     """
-    body = getattr(model, model.base_model_prefix)
     mask = torch.ones_like(seen) if mask is None else mask
-    hidden = body(input_ids=seen, attention_mask=mask).last_hidden_state
-    logits: Tensor = _head(model)(hidden[chosen])
-    return logits
-
-
-def _head(model: Any) -> nn.Module:
-    """The part that turns hidden states into logits; each family has its own name for it."""
-    for name in ("cls", "lm_head", "predictions"):
-        if hasattr(model, name):
-            head: nn.Module = getattr(model, name)
-            return head
-    raise UserError(
-        f"model_type {model.config.model_type}: its masked-language head is not known here; set pretrain.steps and "
-        "distill.transfer.augmentation.copies to 0, and finetune.augmentation.guesses to null"
-    )
+    with only_at(model, chosen):
+        logits: Tensor = model(input_ids=seen, attention_mask=mask).logits
+    return logits.squeeze(0)

@@ -282,12 +282,87 @@ class TrainingParams(Section):
     saves: SaveParams
 
 
-class PretrainParams(Section):
+class MaskingParams(Section):
+    """Which tokens are hidden: 80 % become the mask, 10 % another token, 10 % stay (BERT, 1810.04805)."""
+
+    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Of a token being chosen; the held-out loss is always measured at this rate."""
+    final_mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] | None
+    """At the last step, reached in a straight line (2202.08005 on rates, 2305.15096 on schedules); null: no change."""
+    whole_words: bool
+    """Choose words, all of whose tokens are hidden together, instead of tokens."""
+
+
+class MaskedObjective(MaskingParams):
     """Masked-language-model training (BERT, 1810.04805)."""
+
+    kind: Literal["masked"]
+
+
+class NextSentenceObjective(MaskingParams):
+    """Masked tokens, and whether the second half of a pair follows the first (BERT, 1810.04805)."""
+
+    kind: Literal["next_sentence"]
+
+
+class CausalObjective(Section):
+    """Every token from those before it (GPT, Radford et al. 2018)."""
+
+    kind: Literal["causal"]
+
+
+class SpanParams(Section):
+    """How much text is taken out, in spans."""
+
+    noise_density: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Share of the tokens taken out."""
+    mean_span_length: Annotated[float, Field(ge=1.0)]
+
+
+class SpanCorruptionObjective(SpanParams):
+    """An encoder and a decoder: spans are replaced by sentinels and told after them (T5, 1910.10683; 0.15 and 3)."""
+
+    kind: Literal["span_corruption"]
+
+
+class DenoisingObjective(SpanParams):
+    """An encoder and a decoder: text with holes and its texts in another order is put right (BART, 1910.13461)."""
+
+    kind: Literal["denoising"]
+    permute_sentences: bool
+
+
+class ReplacedTokensObjective(MaskingParams):
+    """Which tokens did a small generator replace? (ELECTRA, 2003.10555). The discriminator is what is handed on."""
+
+    kind: Literal["replaced_tokens"]
+    generator_share: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Width of the generator over the discriminator's; the paper finds a quarter to a half best."""
+    generator_config: dict[str, Any] | None
+    """Values of the generator's configuration that differ from those derived; null: none."""
+    discriminator_weight: Positive
+    """Of its loss beside the generator's; 50 in the paper."""
+    keep_generator: bool
+    """Whether the generator is written beside the discriminator."""
+
+
+PretrainObjective = Annotated[
+    MaskedObjective
+    | NextSentenceObjective
+    | CausalObjective
+    | SpanCorruptionObjective
+    | DenoisingObjective
+    | ReplacedTokensObjective,
+    Field(discriminator="kind"),
+]
+
+
+class PretrainParams(Section):
+    """The model learns the language of the corpus."""
 
     steps: Count
     """0 hands the checkpoint on."""
-    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)]
+    objective: PretrainObjective
     evaluations: Number
     """How often held-out loss is measured on the way, beside before and after."""
     optimizer: OptimizerParams

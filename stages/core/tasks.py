@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.core.errors import UserError
 from stages.core.metrics import score
 
 
@@ -57,16 +58,23 @@ class TextClassification:
     onnx_output = "logits"
 
     def build_model(self, checkpoint: Path, labels: Sequence[str]) -> nn.Module:
-        """Put a fresh classification head on a checkpoint."""
+        """Put a fresh classification head on a checkpoint.
+
+        Raises:
+            UserError: if the architecture has no such head.
+        """
         config = transformers.AutoConfig.from_pretrained(
             checkpoint,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
         )
-        model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(
-            checkpoint, config=config, use_safetensors=True, dtype=torch.float32
-        )
+        auto = transformers.AutoModelForSequenceClassification
+        if type(config) not in auto._model_mapping:
+            raise UserError(f"{checkpoint}: transformers has no text classifier of model_type {config.model_type}")
+        if config.pad_token_id is None:  # decoders judge a text by its last token, and must know which one that is
+            raise UserError(f"{checkpoint}: config.json has no pad_token_id; set it to the tokenizer's")
+        model: nn.Module = auto.from_pretrained(checkpoint, config=config, use_safetensors=True, dtype=torch.float32)
         return model
 
     def loss(self, logits: Tensor, labels: Tensor, options: LossOptions = PLAIN) -> Tensor:

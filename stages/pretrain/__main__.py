@@ -2,138 +2,113 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from stages.core.checkpoints import count_parameters, extend_lineage, load_tokenizer, save_model
 from stages.core.errors import UserError
-from stages.core.examples import load_dataset
-from stages.core.masked_language import chosen_logits
 from stages.core.stage import StageRun, command
 from stages.core.tensors import to_device
 from stages.core.training.loop import train
 from stages.core.training.recipe import Batch, Recipe, Tensors
-from stages.pretrain.masking import mask_tokens
-from stages.pretrain.model import build_model, leftover_tensors
+from stages.pretrain.blocks import Blocks
+from stages.pretrain.model import leftover_tensors
+from stages.pretrain.objectives import build_objective
+from stages.pretrain.objectives.objective import Objective, language_figures
 
+_HELDOUT_BATCH = 32
 _HELDOUT_SEED = 0
 
 
-class MaskedLanguageModel:
-    """The model, its data and its losses."""
+class Pretraining:
+    """An objective on the blocks of a corpus."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, blocks: Path, run: StageRun):
-        self.model, self.params, self.seed = model, run.params.pretrain, run.params.seed
-        self.tokenizer = tokenizer
-        self.train_blocks = load_blocks(blocks / "train.parquet")
-        self.heldout_blocks = load_blocks(blocks / "heldout.parquet")
-        self.special = torch.tensor(tokenizer.all_special_ids)
-        self.bytes_per_token = self._bytes_per_token()
+    def __init__(self, objective: Objective, blocks: Blocks, tokenizer: Any, run: StageRun):
+        self.objective, self.blocks = objective, blocks
+        self.params, self.seed = run.params.pretrain, run.params.seed
+        if blocks.per_batch < objective.least_blocks:
+            least = objective.least_blocks * blocks.length
+            raise UserError(
+                f"params.yaml: pretrain.optimizer.batch_tokens: must be at least {least} for pretrain.objective.kind "
+                f"{self.params.objective.kind}, which takes {objective.least_blocks} blocks a batch"
+            )
+        self.bytes_per_token = self._bytes_per_token(tokenizer)
 
     def batches(self, index: int) -> list[list[int]]:
-        """Blocks of one part of the run; all parts together are `steps` batches over ever new shuffles."""
-        size, parts = self._blocks_per_batch(), self.params.evaluations
-        first, last = (self.params.steps * part // parts for part in (index, index + 1))
-        return [self._batch(step, size) for step in range(first, last)]
+        """Batches of one part of the run."""
+        return self.blocks.batches(index, self.params.evaluations)
 
     def prepare(self, batch: Batch) -> Tensors:
-        """Blocks with tokens hidden; which ones depends on the step and the seed alone."""
+        """Inputs and labels of blocks; chance depends on the step and the seed alone."""
         step, *rows = batch
-        return self._hidden(self.train_blocks[rows], torch.Generator().manual_seed(self.seed * 1_000_003 + step))
-
-    def loss(self, tensors: Tensors) -> Tensor:
-        """Cross-entropy of the hidden tokens."""
-        chosen = tensors["chosen"]
-        logits = chosen_logits(self.model, tensors["seen"], chosen)
-        return functional.cross_entropy(logits.float(), tensors["blocks"][chosen])
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return self.objective.prepare(self.blocks.train[rows], step / max(1, self.params.steps - 1), generator)
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
-        """Held-out loss in nats a token, perplexity, and bits a byte of text; the same tokens are hidden every time."""
-        losses = [
-            float(self._heldout_loss(self.heldout_blocks[start : start + 32], start))
-            for start in range(0, len(self.heldout_blocks), 32)
-        ]
-        loss = sum(losses) / len(losses)
-        bits = loss / math.log(2) / self.bytes_per_token
-        return -loss, {"heldout_loss": loss, "perplexity": math.exp(min(loss, 50.0)), "bits_per_byte": bits}
+        """Held-out figures, the mean over batches; chance is the same every time."""
+        starts = range(0, len(self.blocks.heldout), _HELDOUT_BATCH)
+        measured = [self._measure(self.blocks.heldout[start : start + _HELDOUT_BATCH], start) for start in starts]
+        figures = {name: _mean([batch[name] for batch in measured if name in batch]) for name in measured[0]}
+        loss = figures["heldout_loss"]
+        told = language_figures(loss, self.bytes_per_token) if self.objective.vocabulary_head else {}
+        return -loss, figures | told
 
     @torch.inference_mode()
-    def _heldout_loss(self, blocks: Tensor, start: int) -> Tensor:
-        hidden = self._hidden(blocks, torch.Generator().manual_seed(_HELDOUT_SEED + start))
-        return self.loss(to_device(hidden, self.model))
+    def _measure(self, blocks: Tensor, start: int) -> dict[str, float]:
+        tensors = self.objective.prepare(blocks, 0.0, torch.Generator().manual_seed(_HELDOUT_SEED + start))
+        return self.objective.measure(to_device(tensors, self.objective.model))
 
-    def _hidden(self, blocks: Tensor, generator: torch.Generator) -> Tensors:
-        mask_id, vocabulary = self.tokenizer.mask_token_id, len(self.tokenizer)
-        seen, chosen = mask_tokens(blocks, self.special, mask_id, vocabulary, self.params.mask_probability, generator)
-        return {"seen": seen, "chosen": chosen, "blocks": blocks}
-
-    def _blocks_per_batch(self) -> int:
-        return max(1, self.params.optimizer.batch_tokens // self.train_blocks.shape[1])
-
-    def _batch(self, step: int, size: int) -> list[int]:
-        """Number of the step, then rows of the training blocks."""
-        count = len(self.train_blocks)
-        positions = range(step * size, (step + 1) * size)
-        return [step, *(int(self._order(p // count)[p % count]) for p in positions)]
-
-    def _order(self, epoch: int) -> numpy.ndarray:
-        return numpy.random.default_rng([self.seed, epoch]).permutation(len(self.train_blocks))
-
-    def _bytes_per_token(self) -> float:
-        rows = self.heldout_blocks[:64]
-        texts: Sequence[str] = self.tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
-        tokens = int((~torch.isin(rows, self.special)).sum())
-        return sum(len(text.encode()) for text in texts) / max(tokens, 1)
+    def _bytes_per_token(self, tokenizer: Any) -> float | None:
+        """Bytes of text for each token that the held-out loss may fall on; None where it falls on other tokens."""
+        rows = self.blocks.heldout[:64]
+        scored = self.objective.scored(rows)
+        if scored is None:
+            return None
+        texts: Sequence[str] = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
+        return sum(len(text.encode()) for text in texts) / max(int(scored.sum()), 1)
 
 
-def load_blocks(path: Path) -> Tensor:
-    """Read packed blocks, int64 [blocks, length]."""
-    rows = load_dataset(path)["input_ids"]
-    return torch.tensor(numpy.array(rows[:], dtype=numpy.int64))
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def run_pretrain(run: StageRun) -> dict[str, Any]:
     """Train the language model, or hand the checkpoint on where `steps` is 0."""
     checkpoint, params = run.inputs["checkpoint"], run.params.pretrain
     tokenizer = load_tokenizer(run.inputs["tokenizer"])
-    model = build_model(checkpoint, len(tokenizer), tokenizer.pad_token_id)
-    metrics: dict[str, Any] = {"parameters": count_parameters(model), "steps": params.steps}
+    blocks = Blocks(run.inputs["blocks"], params.steps, params.optimizer.batch_tokens, run.params.seed)
+    objective = build_objective(params.objective, checkpoint, tokenizer, blocks.length)
+    models = objective.handed_on()
+    metrics: dict[str, Any] = {"parameters": count_parameters(models["model"]), "steps": params.steps}
     if params.steps:
-        metrics |= _pretrain(run, model, tokenizer)
+        metrics |= _pretrain(run, Pretraining(objective, blocks, tokenizer, run))
     lineage = extend_lineage(checkpoint, "pretrain")
-    save_model(model, run.unit("model"), run.inputs["tokenizer"], lineage, leftover_tensors(checkpoint, model))
+    for unit, model in models.items():
+        leftovers = leftover_tensors(checkpoint, model) if unit == "model" else {}
+        save_model(model, run.unit(unit), run.inputs["tokenizer"], lineage, leftovers)
     return metrics
 
 
-def _pretrain(run: StageRun, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    language_model = MaskedLanguageModel(model, tokenizer, run.inputs["blocks"], run)
-    if not len(language_model.train_blocks) or not len(language_model.heldout_blocks):
-        raise UserError(
-            "params.yaml: pretrain.steps: the corpus gives no blocks to train on; "
-            "add to acquire.corpus, raise tokenize.corpus_tokens, or set pretrain.steps to 0"
-        )
-    model.eval()
-    _, before = language_model.evaluate()
+def _pretrain(run: StageRun, pretraining: Pretraining) -> dict[str, Any]:
+    objective = pretraining.objective
+    objective.model.eval()
+    _, before = pretraining.evaluate()
     run.say(f"before: {', '.join(f'{name} {value:.4g}' for name, value in before.items())}")
     recipe = Recipe(
         optimizer=run.params.pretrain.optimizer,
         rounds=run.params.pretrain.evaluations,
-        batches=language_model.batches,
-        prepare=language_model.prepare,
-        loss=language_model.loss,
-        weight=lambda tensors: float(tensors["chosen"].sum()),
-        evaluate=language_model.evaluate,
+        batches=pretraining.batches,
+        prepare=pretraining.prepare,
+        loss=objective.loss,
+        weight=objective.weight,
+        evaluate=pretraining.evaluate,
         keep_best=False,
     )
-    train(model, recipe, run, "pretrain")
-    _, after = language_model.evaluate()
+    train(objective.model, recipe, run, "pretrain")
+    _, after = pretraining.evaluate()
     return {"before": before, "after": after}
 
 

@@ -61,12 +61,12 @@ def _tokenizer(params: TokenizeParams, checkpoint: Path, texts: Iterable[str]) -
     if isinstance(params.tokenizer, TrainedTokenizer):
         return train_tokenizer(params.tokenizer, texts, params.maximum_length)
     tokenizer = load_tokenizer(checkpoint)
-    for role in ("pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id"):
-        if getattr(tokenizer, role) is None:
-            raise UserError(
-                f"{checkpoint}: the tokenizer has no {role.removesuffix('_id')}; take an encoder's checkpoint"
-            )
-    positions = read_json(checkpoint / "config.json").get("max_position_embeddings", params.maximum_length)
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+        raise UserError(f"{checkpoint}: the tokenizer has neither sep_token nor eos_token to end a text with")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token  # decoders have none, and mask what is padded
+    config = read_json(checkpoint / "config.json")
+    positions = config.get("max_position_embeddings", config.get("n_positions", params.maximum_length))
     for name in ("maximum_length", "block_length"):
         if getattr(params, name) > positions:
             raise UserError(
@@ -108,8 +108,15 @@ def _pack_corpus(run: StageRun, tokenizer: Any, texts: Sequence[str]) -> tuple[n
         tokens += sum(map(len, encoded))
         if tokens >= params.corpus_tokens:
             break
-    blocks = pack(rows, tokenizer.sep_token_id, tokenizer.cls_token_id, params.block_length)
+    separator = _first_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
+    begin = _first_of(tokenizer.cls_token_id, tokenizer.bos_token_id, separator)
+    blocks = pack(rows, separator, begin, params.block_length)
     return hold_out(blocks[: max(0, params.corpus_tokens // params.block_length)], params.heldout_fraction, seed)
+
+
+def _first_of(*ids: int | None) -> int:
+    """The first id of a special token that the tokenizer has; there is one, as `_tokenizer` saw to."""
+    return next(index for index in ids if index is not None)
 
 
 def _batches(texts: Sequence[str], tokens: int) -> Iterator[list[str]]:

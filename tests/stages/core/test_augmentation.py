@@ -8,6 +8,7 @@ import torch
 from stages.core import augmentation
 from stages.core.augmentation import augmented_rows, choose_positions, draw_tokens
 from stages.core.checkpoints import load_tokenizer
+from stages.core.errors import UserError
 from stages.core.examples import load_examples
 from stages.core.params import AugmentationParams
 
@@ -99,3 +100,11 @@ def test_draws_follow_the_probabilities_of_the_likeliest() -> None:
     drawn = draw_tokens(logits, numpy.array([0]), 2, luck)
     assert torch.bincount(drawn, minlength=4).tolist() == [0, 2000, 1000, 0]
     assert set(draw_tokens(logits, numpy.array([0]), 99, luck).tolist()) == {1, 2, 3}
+
+
+def test_a_model_that_guesses_no_masked_tokens_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"distill\.transfer\.augmentation\.copies: .* has no masked-language head"):
+        augmented_rows([[2, 7, 3]], PARAMS, tmp_path, tokenizer, 0)

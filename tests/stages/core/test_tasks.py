@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import numpy
 import pytest
 import torch
 
+from stages.core.artifacts import write_json
+from stages.core.errors import UserError
 from stages.core.tasks import LossOptions, get_task
 
 TASK = get_task("text-classification")
@@ -32,3 +36,18 @@ def test_soft_loss_is_zero_for_equal_answers_and_worked_by_hand_otherwise() -> N
 def test_score_by_name() -> None:
     logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     assert TASK.score("accuracy", logits, numpy.array([0, 1])) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "speecht5"}, "no text classifier of model_type speecht5"),
+        ({"model_type": "gpt2"}, "config.json has no pad_token_id"),
+    ],
+)
+def test_a_checkpoint_that_no_text_can_be_classified_with_is_refused(
+    config: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(UserError, match=message):
+        TASK.build_model(tmp_path, ["a", "b"])

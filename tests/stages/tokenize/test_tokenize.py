@@ -1,14 +1,19 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy
 import pytest
+import transformers
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.params import TrainedTokenizer, parse_params
-from stages.tokenize.__main__ import _tokenize_split
+from stages.core.artifacts import write_json
+from stages.core.errors import UserError
+from stages.core.params import CheckpointTokenizer, TrainedTokenizer, parse_params
+from stages.tokenize.__main__ import _pack_corpus, _tokenize_split, _tokenizer
 from stages.tokenize.pack import hold_out, pack, spread
 from stages.tokenize.train import train_tokenizer
 
@@ -88,3 +93,44 @@ def test_further_columns_travel_with_their_texts() -> None:
     assert tokenized[1].remove_columns("country").to_dict() == tokenized[0].to_dict()
     assert tokenized[1]["country"][:] == ["de", ""]
     assert tokenized[1]["label"][:] == [1, 0]
+
+
+def _checkpoint(folder: Path, **roles: str) -> Path:
+    """A checkpoint whose tokenizer has these special tokens and no others."""
+    trained = train_tokenizer(TrainedTokenizer(kind="bpe", vocabulary_size=400, lowercase=True), TEXTS, 32)
+    trained.backend_tokenizer.post_processor = None
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, **roles)
+    plain.save_pretrained(folder)
+    write_json(folder / "config.json", {"model_type": "gpt2", "n_positions": 32})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("roles", "begin", "separator", "pad"),
+    [
+        ({"bos_token": "[UNK]", "eos_token": "[SEP]"}, "[UNK]", "[SEP]", "[SEP]"),  # as GPT-2 and Llama
+        ({"eos_token": "[SEP]", "pad_token": "[PAD]"}, "[SEP]", "[SEP]", "[PAD]"),  # as T5
+        ({"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}, "[CLS]", "[SEP]", "[PAD]"),  # as BERT
+    ],
+)
+def test_blocks_begin_and_end_texts_with_what_the_tokenizer_has(
+    roles: dict[str, str], begin: str, separator: str, pad: str, tmp_path: Path
+) -> None:
+    preset = parse_params(yaml.safe_load((Path(__file__).parents[3] / "presets" / "tiny.yaml").read_text()), "")
+    params = preset.tokenize.model_copy(update={"tokenizer": CheckpointTokenizer(kind="checkpoint")})
+    tokenizer = _tokenizer(params, _checkpoint(tmp_path, **roles), TEXTS)
+    assert tokenizer.pad_token == pad
+    run: Any = SimpleNamespace(params=preset)
+    blocks = numpy.concatenate(_pack_corpus(run, tokenizer, TEXTS))
+    assert set(blocks[:, 0].tolist()) == {tokenizer.convert_tokens_to_ids(begin)}
+    assert (blocks[:, 1:] == tokenizer.convert_tokens_to_ids(separator)).sum() >= len(TEXTS) - 8
+
+
+def test_a_tokenizer_that_ends_no_text_and_a_model_too_short_are_refused(tmp_path: Path) -> None:
+    preset = parse_params(yaml.safe_load((Path(__file__).parents[3] / "presets" / "tiny.yaml").read_text()), "")
+    params = preset.tokenize.model_copy(update={"tokenizer": CheckpointTokenizer(kind="checkpoint")})
+    with pytest.raises(UserError, match="neither sep_token nor eos_token"):
+        _tokenizer(params, _checkpoint(tmp_path / "a", pad_token="[PAD]"), TEXTS)
+    longer = params.model_copy(update={"block_length": 33})
+    with pytest.raises(UserError, match=r"tokenize\.block_length: 33, the checkpoint takes up to 32"):
+        _tokenizer(longer, _checkpoint(tmp_path / "b", eos_token="[SEP]"), TEXTS)
