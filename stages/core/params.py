@@ -312,8 +312,8 @@ class OptimizerParams(Section):
     """Of matrix products (autocast); weights stay fp32. fp32 on a GPU multiplies in TF32. fp16 scales the loss, by half
     as much and without a step after every overflow. auto: bf16 or fp16 where this machine does them well."""
     averaging: ProperFraction | None
-    """Decay of the running mean of the weights (EMA), such as 0.99, which is then judged and kept in their place; in
-    the first steps it is shorter, (1 + step) / (10 + step). null: the weights themselves."""
+    """Decay of a running mean of the weights (EMA), such as 0.99, which is then judged and kept in their place; at
+    most (1 + step) / (10 + step), so that a short run forgets its first weights. null: the weights themselves."""
 
     @model_validator(mode="after")
     def _betas_of_the_kind(self) -> Self:

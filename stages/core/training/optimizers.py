@@ -124,7 +124,9 @@ class CountingAdaBelief(AdaBelief):  # type: ignore[misc]
 
 def _sgd(groups: list[Group], params: OptimizerParams) -> torch.optim.Optimizer:
     (momentum,) = params.betas
-    return torch.optim.SGD(groups, lr=params.learning_rate, momentum=momentum, nesterov=momentum > 0.0, fused=True)
+    # Where the first step of all overflows in fp16, torch 2.13's fused form leaves its momentum unset: any numbers.
+    fused = params.precision in ("fp32", "bf16")
+    return torch.optim.SGD(groups, lr=params.learning_rate, momentum=momentum, nesterov=momentum > 0.0, fused=fused)
 
 
 def _adam(groups: list[Group], params: OptimizerParams) -> torch.optim.Optimizer:

@@ -27,19 +27,20 @@ def layered() -> nn.Module:
 
 
 def params(kind: str, betas: list[float]) -> OptimizerParams:
-    return PARAMS.model_copy(update={"kind": kind, "betas": betas})
+    return PARAMS.model_copy(update={"kind": kind, "betas": betas, "precision": "fp16"})
 
 
 def weights_of(model: nn.Module) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in model.parameters()])
 
 
+@pytest.mark.parametrize("overflow_at", [0, 2])
 @pytest.mark.parametrize(
     "kind, betas",
     [("sgd", [0.9]), ("adamw", [0.9, 0.999]), ("adabelief", [0.9, 0.999]), ("lion", [0.9, 0.99]), ("adafactor", []),
      ("muon", [0.95, 0.9, 0.999])],
 )  # fmt: skip
-def test_an_overflow_leaves_out_the_step_and_halves_the_scale(kind: str, betas: list[float]) -> None:
+def test_an_overflow_leaves_out_the_step_and_halves_the_scale(kind: str, betas: list[float], overflow_at: int) -> None:
     model, undisturbed = layered(), layered()
     accelerator = build_accelerator("fp16")
     scaler = accelerator.scaler
@@ -57,13 +58,14 @@ def test_an_overflow_leaves_out_the_step_and_halves_the_scale(kind: str, betas: 
             accelerator.scaler.step(optimizer)
         accelerator.scaler.update()
 
-    step(0)
+    for number in range(overflow_at):
+        step(number)
     before = weights_of(model)
     assert scaler.get_scale() == FIRST_SCALE
-    step(1, factor=1e38)  # times the scale, more than fp32 holds
+    step(8, factor=1e38)  # times the scale, more than fp32 holds
     assert torch.equal(weights_of(model), before)
     assert scaler.get_scale() == FIRST_SCALE / 2
-    step(2)
+    step(9)
     # No trace of the step left out, in means or counts of steps: powers of two scale without rounding.
     assert torch.equal(weights_of(model), weights_of(undisturbed))
     assert not torch.equal(weights_of(model), before)
