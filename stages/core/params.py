@@ -296,7 +296,7 @@ class OptimizerParams(Section):
     kind: Literal["sgd", "adam", "adamw", "adabelief", "adafactor", "lion", "muon"]
     """adam: 1412.6980; adamw: 1711.05101; adabelief: 2010.07468; adafactor: 1804.04235; lion: 2302.06675, at a third to
     a tenth of AdamW's learning rate; muon: Jordan et al. 2024, for the matrices of the hidden layers, with AdamW for
-    embeddings, heads, biases and norms."""
+    embeddings, heads, biases and norms; a few times AdamW's learning rate suits a fine-tuning."""
     betas: list[ProperFraction]
     """Decay rates of the running means, as many as the kind has: [0.9] is the momentum of sgd (0.0 for none),
     [0.9, 0.999] usual for adam, adamw and adabelief, [0.9, 0.99] for lion, [] for adafactor, and [0.95, 0.9, 0.999] for
