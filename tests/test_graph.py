@@ -93,6 +93,12 @@ def test_what_measures_has_the_machine_to_itself_and_depends_on_it() -> None:
         assert stage.measures == bool(machine & set(stage.dependencies)), stage.name
 
 
+def test_what_trains_depends_on_the_precision_that_auto_takes() -> None:
+    for stage in stages():
+        trains = "stages/core/training/loop.py" in stage.dependencies
+        assert trains == ("artifacts/fingerprint/arithmetic.json" in stage.dependencies), stage.name
+
+
 def test_the_readme_has_the_table_of_the_graph() -> None:
     assert table_in_readme() == stage_table()
 

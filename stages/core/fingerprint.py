@@ -1,11 +1,12 @@
 """`python -m stages.core.fingerprint --out FOLDER`: what lies outside the project and still decides results.
 
 Writes `hardware.json` (machine and package versions, an input of the stages that measure), `arithmetic.json` (whether
-the CPU saturates int8 products, an input of the stages that quantize), `sources.json` (sums of the user's own files, an
-input of acquire), `corrections.json` (sum of what reviewers corrected, an input of clean) and `checkpoints.json` (sums
-of the user's own checkpoints that teach or become students, an input of the stages that distill). It runs on every
-`dvc repro`, so it starts fast and imports no framework; as the first stage it is also the one that reports mistakes in
-`params.yaml`. Files that would not change are not touched.
+the CPU saturates int8 products, and the precision of training where params say `auto`: an input of the stages that
+train or quantize), `sources.json` (sums of the user's own files, an input of acquire), `corrections.json` (sum of what
+reviewers corrected, an input of clean) and `checkpoints.json` (sums of the user's own checkpoints that teach or become
+students, an input of the stages that distill). It runs on every `dvc repro`, so it starts fast and imports no
+framework; as the first stage it is also the one that reports mistakes in `params.yaml`. Files that would not change
+are not touched.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from stages.core.artifacts import STATE, file_sha256, read_json, write_json
 from stages.core.errors import UserError
-from stages.core.hardware import describe_hardware, saturates_here
+from stages.core.hardware import describe_hardware, saturates_here, training_precision_here
 from stages.core.observe.progress import say
 from stages.core.params import LocalSource, Params, Section, load_params
 
@@ -80,14 +81,15 @@ class Sums:
 
 
 def write_fingerprint(params: Params, out: Path) -> None:
-    """Write the four files into `out`, each only if it differs from what is there.
+    """Write the five files into `out`, each only if it differs from what is there.
 
     Raises:
         UserError: if a source cannot be read or the disk is full.
     """
     try:
         _write_if_new(out / HARDWARE, describe_hardware())
-        _write_if_new(out / ARITHMETIC, {"int8_saturates": saturates_here()})
+        arithmetic = {"int8_saturates": saturates_here(), "training_precision": training_precision_here()}
+        _write_if_new(out / ARITHMETIC, arithmetic)
         with _known_sums() as sums:
             sources = {name: source.path for name, source in local_sources(params)}
             _write_if_new(out / SOURCES, describe_files(sources, sums))

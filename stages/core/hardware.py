@@ -6,14 +6,16 @@ Everything here is the same on two calls on the same machine, so it can be an in
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -29,6 +31,8 @@ PACKAGES = (
     "scikit-learn",
 )
 """Packages whose version can change a measured result."""
+
+TrainingPrecision = Literal["fp32", "bf16", "fp16"]
 
 _FEATURES = {
     # /proc/cpuinfo on x86 -> the name used here
@@ -51,6 +55,9 @@ _ROOT = Path("/")
 _RAPL = "sys/class/powercap/intel-rapl:0"
 _NVIDIA_FIELDS = ("name", "memory.total", "driver_version", "compute_cap")
 _SECONDS_FOR_NVIDIA_SMI = 20
+_FAST_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}
+_BF16_CAPABILITY, _FP16_CAPABILITY = (8, 0), (7, 0)
+"""First compute capabilities with tensor cores for the format: Ampere and Volta."""
 
 
 def describe_hardware(root: Path = _ROOT) -> dict[str, Any]:
@@ -104,6 +111,45 @@ def int8_saturates(machine: str, features: Sequence[str]) -> bool:
 def saturates_here() -> bool:
     """Tell whether products of int8 with uint8 saturate on the CPU at hand; see `int8_saturates`."""
     return int8_saturates(platform.machine(), describe_cpu()["features"])
+
+
+def training_precision(features: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> TrainingPrecision:
+    """Choose the number format in which a machine multiplies fastest at no risk to training.
+
+    bf16 where it is multiplied natively, since it has the range of fp32; fp16 on GPUs that have tensor cores for it
+    alone; fp32 elsewhere, where shorter formats are converted and win nothing.
+
+    Args:
+        features: of `describe_cpu`.
+        gpus: of `training_gpus`; where there are any, the weakest decides.
+    """
+    if gpus:
+        weakest = min(_capability(gpu["compute_capability"]) for gpu in gpus)
+        return "bf16" if weakest >= _BF16_CAPABILITY else "fp16" if weakest >= _FP16_CAPABILITY else "fp32"
+    return "bf16" if _FAST_BF16 & set(features) else "fp32"
+
+
+def training_precision_here() -> TrainingPrecision:
+    """Choose the number format of training on the machine at hand; see `training_precision`."""
+    return training_precision(describe_cpu()["features"], training_gpus())
+
+
+def training_gpus() -> list[dict[str, Any]]:
+    """List the GPUs that PyTorch can train on: none without CUDA in its build, or where CUDA_VISIBLE_DEVICES hides all.
+
+    Told without importing PyTorch, which the fingerprint has no time for.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return list_gpus() if torch_has_cuda() and not hidden else []
+
+
+def torch_has_cuda() -> bool:
+    """Tell whether the installed PyTorch was built with CUDA."""
+    package = importlib.util.find_spec("torch")
+    if package is None or package.origin is None:
+        return False
+    version = _read(Path(package.origin).with_name("version.py"))  # has a line such as: cuda: Optional[str] = '13.0'
+    return re.search(r"^cuda\b.*= *['\"]", version, re.MULTILINE) is not None
 
 
 def usable_processors() -> list[int]:
@@ -207,6 +253,12 @@ def _gpu(line: str) -> dict[str, Any]:
         "driver": driver,
         "compute_capability": capability,
     }
+
+
+def _capability(text: str) -> tuple[int, int]:
+    """Read a compute capability such as 8.9; one that the driver does not tell is the lowest."""
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
 
 
 def _cpu_model(text: str) -> str:

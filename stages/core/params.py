@@ -247,26 +247,81 @@ class TokenizeParams(Section):
 
 
 class ScheduleParams(Section):
-    """How the learning rate falls after a linear warm-up."""
+    """How the learning rate falls, after a linear warm-up, to nothing at the last step; `constant` never falls."""
 
-    kind: Literal["linear"]
+    kind: Literal["linear", "cosine", "constant"]
+    """cosine: half a wave (SGDR without restarts, 1608.03983)."""
     warmup: ProperFraction
     """Share of the steps over which the learning rate rises."""
 
 
-class OptimizerParams(Section):
-    """How weights follow gradients."""
+class StableScheduleParams(Section):
+    """Warm-up, a plateau, and a linear fall to nothing (MiniCPM, 2404.06395; linear as in 2405.18392)."""
 
-    kind: Literal["adamw"]
-    """adamw: Loshchilov & Hutter, 1711.05101."""
+    kind: Literal["warmup_stable_decay"]
+    warmup: ProperFraction
+    """Share of the steps over which the learning rate rises."""
+    decay: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Share of the steps, the last ones, over which it falls."""
+
+    @model_validator(mode="after")
+    def _rise_before_fall(self) -> Self:
+        if self.warmup + self.decay > 1.0:
+            raise ValueError("warmup and decay must not exceed 1 together")
+        return self
+
+
+Schedule = Annotated[ScheduleParams | StableScheduleParams, Field(discriminator="kind")]
+
+_BETAS = {
+    "sgd": ["momentum"],
+    "adam": ["gradient", "its square"],
+    "adamw": ["gradient", "its square"],
+    "adabelief": ["gradient", "its squared surprise"],
+    "adafactor": [],
+    "lion": ["update", "momentum"],
+    "muon": ["momentum of Muon", "gradient of AdamW", "its square"],
+}
+
+
+class OptimizerParams(Section):
+    """How weights follow gradients.
+
+    What papers and libraries agree on is fixed. Epsilon: 1e-8 in Adam and AdamW, 1e-16 in AdaBelief. Momentum of sgd
+    and muon is Nesterov's. Adafactor takes the decay -0.8, the clipping 1.0 and the floor 1e-3 of its paper, and steps
+    relative to the size of the weights. Muon takes five Newton-Schulz steps, and updates as large as AdamW's
+    (2502.16982), so both halves of it share one learning rate. Biases and norms are never decayed.
+    """
+
+    kind: Literal["sgd", "adam", "adamw", "adabelief", "adafactor", "lion", "muon"]
+    """adam: 1412.6980; adamw: 1711.05101; adabelief: 2010.07468; adafactor: 1804.04235; lion: 2302.06675, at a third to
+    a tenth of AdamW's learning rate; muon: Jordan et al. 2024, for the matrices of the hidden layers, with AdamW for
+    embeddings, heads, biases and norms; a few times AdamW's learning rate suits a fine-tuning."""
+    betas: list[ProperFraction]
+    """Decay rates of the running means, as many as the kind has: [0.9] is the momentum of sgd (0.0 for none),
+    [0.9, 0.999] usual for adam, adamw and adabelief, [0.9, 0.99] for lion, [] for adafactor, and [0.95, 0.9, 0.999] for
+    muon: its momentum, then AdamW's two."""
     batch_tokens: Number
     """Tokens of a batch, padding included: of texts of similar length, so that every step costs about the same."""
     learning_rate: Positive
     weight_decay: NotNegative
-    schedule: ScheduleParams
+    """Apart from the gradient; in sgd and adam a part of it (L2)."""
+    schedule: Schedule
     maximum_gradient_norm: Positive
     precision: Precision
-    """Of matrix products (autocast); weights stay fp32. auto: bf16 or fp16 where this machine does them well."""
+    """Of matrix products (autocast); weights stay fp32. fp32 on a GPU multiplies in TF32. fp16 scales the loss, by half
+    as much and without a step after every overflow. auto: bf16 or fp16 where this machine does them well."""
+    averaging: ProperFraction | None
+    """Decay of a running mean of the weights (EMA), such as 0.99, which is then judged and kept in their place; at
+    most (1 + step) / (10 + step), so that a short run forgets its first weights. null: the weights themselves."""
+
+    @model_validator(mode="after")
+    def _betas_of_the_kind(self) -> Self:
+        names = _BETAS[self.kind]
+        if len(self.betas) != len(names):
+            takes = f"{len(names)} ({', '.join(names)})" if names else "none: []"
+            raise ValueError(f"betas: {self.kind} takes {takes}; got {len(self.betas)}")
+        return self
 
 
 class SaveParams(Section):

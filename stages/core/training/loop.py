@@ -12,14 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stages.core.observe.progress import track
 from stages.core.stage import StageRun
 from stages.core.tensors import to_device
+from stages.core.training.averaging import WeightAverage
 from stages.core.training.optimizers import build_optimizer
-from stages.core.training.precision import resolve_precision
+from stages.core.training.precision import autocast, build_accelerator, clip_and_step, resolve_precision
 from stages.core.training.prefetch import prefetched
 from stages.core.training.recipe import Position, Recipe, Tensors
 from stages.core.training.schedules import rate_share
@@ -47,12 +47,13 @@ class Trainer:
     def __init__(self, model: nn.Module, recipe: Recipe, run: StageRun, phase: str):
         self.model, self.recipe, self.run, self.phase = model, recipe, run, phase
         self.folder = run.state / phase
-        precision = resolve_precision(recipe.optimizer.precision)
-        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        self.precision = resolve_precision(recipe.optimizer.precision)
+        self.accelerator = build_accelerator(self.precision)
         self.model.to(self.accelerator.device)
         self.loss = LossModule(model, recipe)
         self.steps = sum(len(recipe.batches(index)) for index in range(recipe.rounds))
         self.optimizer = build_optimizer(model, recipe.optimizer, recipe.learning_rate_scale)
+        self.average = WeightAverage(model, recipe.optimizer.averaging)
         self.position = Position()
         self.best: dict[str, Tensor] = {}
         self._saved_at = time.monotonic()
@@ -63,11 +64,13 @@ class Trainer:
         with _interruptible() as interrupted:
             while self.position.round < self.recipe.rounds and not self._out_of_patience():
                 self._train_round(interrupted)
-                self._evaluate()
+                with self.average.applied():
+                    self._evaluate()
                 self._save_if(interrupted.is_set() or self._save_is_due())
                 if interrupted.is_set():
                     raise KeyboardInterrupt
         self._save_if(True)  # a stage with a later phase does not train this one again
+        self.average.apply()
         if self.recipe.keep_best and self.best:
             self.model.load_state_dict(self.best)
         self.model.to("cpu").eval()
@@ -90,11 +93,12 @@ class Trainer:
         self._set_learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
         value = self._add_gradients(tensors)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.maximum_gradient_norm)
-        self.optimizer.step()
+        maximum_norm = self.recipe.optimizer.maximum_gradient_norm
+        clip_and_step(self.accelerator, self.optimizer, self.model.parameters(), maximum_norm)
         if value != value:
             raise FloatingPointError(f"{self.run.name}: the loss is not a number at step {position.step}")
         position.step += 1
+        self.average.update(position.step)
         if self.recipe.after_step is not None:
             self.recipe.after_step(position.step)
         position.loss_sum += value
@@ -117,9 +121,9 @@ class Trainer:
         """Add the gradients of a micro-batch that is so large a share of its batch; return its share of the loss."""
 
         def backward(factor: float) -> float:
-            with self.accelerator.autocast():
+            with autocast(self.precision, self.accelerator.device.type):
                 loss = self.loss(tensors) * (share * factor)
-            self.accelerator.backward(loss)
+            self.accelerator.backward(loss)  # scales it in fp16
             return float(loss.detach())
 
         return backward(1.0) if self.recipe.adversary is None else self.recipe.adversary(backward)
@@ -163,14 +167,17 @@ class Trainer:
 
     def _save_if(self, wanted: bool) -> None:
         if wanted:
-            save_state(self.folder, self.model, self.optimizer, self.best, self.position)
+            self.position.scaler = self.accelerator.scaler.state_dict()
+            save_state(self.folder, self.model, self.optimizer, self.best, self.average.tensors, self.position)
             self._saved_at = time.monotonic()
 
     def _restore(self) -> None:
-        restored = restore_state(self.folder, self.model, self.optimizer)
+        restored = restore_state(self.folder, self.model, self.optimizer, self.average.tensors)
         if restored is None:
             return
         self.position, self.best = restored
+        if self.position.scaler:
+            self.accelerator.scaler.load_state_dict(self.position.scaler)
         for row in self.position.history:
             self.run.log(int(row["step"]), **{name: value for name, value in row.items() if name != "step"})
         self.run.say(f"{self.phase} goes on from step {self.position.step}")

@@ -65,4 +65,6 @@ class Position:
     loss_count: int = 0
     best_score: float | None = None
     best_round: int = -1
+    scaler: dict[str, float] = field(default_factory=dict)
+    """Of the loss in fp16; empty elsewhere."""
     history: list[dict[str, float]] = field(default_factory=list)

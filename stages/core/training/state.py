@@ -18,7 +18,12 @@ from stages.core.training.recipe import Position
 
 
 def save_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor], position: Position
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    position: Position,
 ) -> None:
     """Write the state of a run in one step."""
     draft = folder.with_name(f"{folder.name}.draft")
@@ -27,6 +32,7 @@ def save_state(
     tensors = {"generator": torch.get_rng_state()}
     tensors |= {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
+    tensors |= {f"average/{name}": tensor for name, tensor in average.items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in entry.items()}
     safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, draft / "state.safetensors")
@@ -36,9 +42,9 @@ def save_state(
 
 
 def restore_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]
 ) -> tuple[Position, dict[str, Tensor]] | None:
-    """Bring a model, its optimizer and the generator back to a saved state.
+    """Bring a model, its optimizer, the average of its weights and the generator back to a saved state.
 
     Returns:
         where the run stood and the best weights so far; None where nothing was saved.
@@ -48,6 +54,8 @@ def restore_state(
     verify(folder)
     tensors = safetensors.torch.load_file(folder / "state.safetensors")
     model.load_state_dict(_below("model/", tensors))
+    for name, tensor in _below("average/", tensors).items():
+        average[name].copy_(tensor)
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _below("optimizer/", tensors).items():
         index, _, key = name.partition("/")

@@ -11,6 +11,7 @@ import yaml
 
 from stages.core import fingerprint
 from stages.core.artifacts import file_sha256, read_json
+from stages.core.hardware import saturates_here, training_precision_here
 
 PROJECT = Path(__file__).parents[3]
 OUT = Path("artifacts/fingerprint")
@@ -47,6 +48,15 @@ def test_local_files_are_summed_and_missing_ones_told(raw: dict[str, Any]) -> No
         "acquire.checkpoint": {"path": "nowhere", "missing": True},
     }
     assert read_json(OUT / "hardware.json")["cpu"]["model"]
+
+
+def test_the_arithmetic_that_decides_results_is_told(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(raw) == 0
+    told = read_json(OUT / "arithmetic.json")
+    assert told == {"int8_saturates": saturates_here(), "training_precision": training_precision_here()}
+    monkeypatch.setattr(fingerprint, "training_precision_here", lambda: "fp16")
+    assert run(raw) == 0
+    assert read_json(OUT / "arithmetic.json") == {**told, "training_precision": "fp16"}
 
 
 def test_sources_inside_lists_are_found(raw: dict[str, Any]) -> None:

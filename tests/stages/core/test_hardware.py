@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,9 @@ from stages.core.hardware import (
     memory_gib,
     peak_memory_mb,
     quota_cores,
+    torch_has_cuda,
+    training_gpus,
+    training_precision,
 )
 
 XEON = """processor\t: {number}
@@ -174,3 +178,66 @@ def test_peak_memory_grows_with_use() -> None:
 )
 def test_int8_saturates_on_x86_without_vnni(machine: str, features: list[str], expected: bool) -> None:
     assert int8_saturates(machine, features) == expected
+
+
+@pytest.mark.parametrize(
+    ("features", "capabilities", "expected"),
+    [
+        (["avx2", "avx512f", "avx512_vnni"], [], "fp32"),
+        (["avx512_bf16"], [], "bf16"),
+        (["amx_bf16", "amx_int8"], [], "bf16"),
+        (["neon", "bf16"], [], "bf16"),
+        ([], [], "fp32"),
+        (["amx_bf16"], ["6.1"], "fp32"),  # what trains decides, not the CPU beside it
+        ([], ["7.0"], "fp16"),
+        ([], ["7.5"], "fp16"),
+        ([], ["8.0"], "bf16"),
+        ([], ["12.1"], "bf16"),
+        ([], ["9.0", "7.5"], "fp16"),  # the weakest
+        ([], ["10.0", "9.0"], "bf16"),  # numbers, not text
+        ([], ["[N/A]"], "fp32"),
+    ],
+)
+def test_training_takes_the_format_that_the_machine_multiplies(
+    features: list[str], capabilities: list[str], expected: str
+) -> None:
+    assert training_precision(features, [{"compute_capability": one} for one in capabilities]) == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "cuda", "found"),
+    [(None, True, 1), ("0", True, 1), ("", True, 0), ("-1", True, 0), (None, False, 0)],
+)
+def test_only_gpus_that_pytorch_can_train_on_count(
+    visible: str | None, cuda: bool, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvidia_smi(tmp_path, "echo 'NVIDIA L4, 23034, 550.54.15, 8.9'", monkeypatch)
+    monkeypatch.setattr(hardware, "torch_has_cuda", lambda: cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert len(training_gpus()) == found
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("cuda: Optional[str] = '13.0'", True),
+        ('cuda = "12.8"', True),
+        ("cuda: Optional[str] = None", False),
+        ("cuda_note = 1", False),
+    ],
+)
+def test_the_build_of_pytorch_is_read_from_its_files(
+    line: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "torch/version.py", f"__version__ = '2.13.0'\n{line}\nhip: Optional[str] = None\n")
+    found = SimpleNamespace(origin=str(tmp_path / "torch/__init__.py"))
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: found)
+    assert torch_has_cuda() == expected
+
+
+def test_the_build_of_pytorch_is_what_pytorch_says() -> None:
+    import torch
+
+    assert torch_has_cuda() == (torch.version.cuda is not None)

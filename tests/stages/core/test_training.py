@@ -18,12 +18,14 @@ from stages.core.training.recipe import Batch, Position, Recipe, Tensors
 
 OPTIMIZER = OptimizerParams(
     kind="adamw",
+    betas=[0.9, 0.999],
     batch_tokens=4,
     learning_rate=0.05,
     weight_decay=0.01,
     schedule=ScheduleParams(kind="linear", warmup=0.1),
     maximum_gradient_norm=1.0,
     precision="fp32",
+    averaging=None,
 )
 
 
