@@ -2,25 +2,22 @@
 
 A bad step is skipped. After `skips` in a row the run goes back to the last good saved state, learns at a lower rate
 from there on and passes over the batches that were bad. After `rollbacks` ways back it stops, with the batch on disk
-for inspection. A step that runs out of memory is no bad step: it is done again in micro-batches half the size.
+for inspection.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
-import torch
 
 from stages.core.artifacts import write_json
+from stages.core.errors import UserError
 from stages.core.params import FaultParams
 from stages.core.training.recipe import Batch, Faults, Position, Tensors
-
-_OUT_OF_MEMORY = "can't allocate memory"  # torch has a type for a GPU that is full, and these words for the CPU
 
 
 @dataclass(frozen=True)
@@ -90,12 +87,26 @@ def after_rollback(restored: Position, failed: Position, rate_factor: float) -> 
     return replace(restored, faults=faults, parts=failed.parts, history=failed.history)
 
 
-def write_evidence(folder: Path, tensors: Tensors, batch: Batch, step: Step, position: Position) -> Path:
-    """Write the batch of a bad step for inspection.
+def stop_where_it_persists(
+    fault: str, step: Step, batch: Batch, tensors: Tensors, position: Position, params: FaultParams, folder: Path
+) -> None:
+    """End a run that no skip and no way back has helped.
 
-    Returns:
-        the file of its tensors; beside it lies JSON that says where it stood, its rows, loss and gradient norm.
+    Raises:
+        UserError: naming the file that the batch was written to.
     """
+    faults = position.faults
+    if faults.in_a_row < params.skips or faults.rollbacks < params.rollbacks:
+        return
+    path = _write_evidence(folder, step, batch, tensors, position)
+    raise UserError(
+        f"step {position.step}: {fault}, after {faults.rollbacks} ways back to a saved state and at {faults.rate:.3g} "
+        f"of the learning rate; look at the batch in {path}, or lower the learning rate"
+    )
+
+
+def _write_evidence(folder: Path, step: Step, batch: Batch, tensors: Tensors, position: Position) -> Path:
+    """Write the batch of a bad step: its tensors, and beside them in JSON its rows and what the step came to."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bad-batch.safetensors"
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -111,16 +122,6 @@ def write_evidence(folder: Path, tensors: Tensors, batch: Batch, step: Step, pos
     }
     write_json(path.with_suffix(".json"), description)
     return path
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell an error of a device or a system that has no memory left from every other."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY in str(error)
-
-
-def can_be_halved(tensors: Mapping[str, torch.Tensor], parts: int) -> bool:
-    """Tell whether a micro-batch has more than one example when a batch is cut into so many parts."""
-    return len(next(iter(tensors.values()))) > parts
 
 
 def _number(value: float) -> float | str:

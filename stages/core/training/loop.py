@@ -2,7 +2,7 @@
 
 The best round by validation is kept. A run killed at any instant goes on from its last saved state and ends with the
 same weights, bit for bit, because everything that decides the next step is saved; see `state`. Steps that go wrong are
-skipped, undone or done again in smaller parts; see `faults`.
+skipped, undone or done again in smaller parts; see `faults` and `memory`.
 """
 
 from __future__ import annotations
@@ -13,26 +13,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from stages.core.errors import UserError
 from stages.core.observe.progress import track
 from stages.core.stage import StageRun
 from stages.core.tensors import to_device
 from stages.core.training.faults import (
     Step,
     after_rollback,
-    can_be_halved,
     find_fault,
     is_good_state,
-    is_out_of_memory,
     remember_bad_step,
     remember_good_step,
-    write_evidence,
+    stop_where_it_persists,
 )
 from stages.core.training.generators import Generators
+from stages.core.training.memory import halve_micro_batches, is_out_of_memory
 from stages.core.training.optimizers import build_optimizer
 from stages.core.training.precision import resolve_precision
 from stages.core.training.prefetch import prefetched
@@ -150,12 +147,8 @@ class Trainer:
         faults = position.faults
         remember_bad_step(faults, position.round, position.batch)
         self._say(f"step {position.step}: {fault}; skipped, {faults.in_a_row} in a row of at most {params.skips}")
-        if faults.in_a_row == params.skips and faults.rollbacks == params.rollbacks:
-            path = write_evidence(self.run.state / f"{self.phase}-fault", tensors, batch, step, position)
-            raise UserError(
-                f"{self.phase}: step {position.step}: {fault}, after {faults.rollbacks} ways back to a saved state and "
-                f"at {faults.rate:.3g} of the learning rate; look at the batch in {path}, or lower the learning rate"
-            )
+        folder = self.run.state / f"{self.phase}-fault"
+        stop_where_it_persists(fault, step, batch, tensors, position, params, folder)
 
     def _roll_back(self) -> None:
         """Go back to the last good saved state, to learn slower from there; without one, from the weights as they are.
@@ -174,8 +167,12 @@ class Trainer:
         self._save()
 
     def _gradients(self, tensors: Tensors) -> float:
-        """Give the model the gradients of a batch and return its mean loss, in smaller parts where memory runs out."""
-        generators = self.generators.state_dict()
+        """Give the model the gradients of a batch and return its mean loss, in smaller parts where memory runs out.
+
+        Raises:
+            UserError: if there is not even memory for one example.
+        """
+        position, generators = self.position, self.generators.state_dict()
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
@@ -183,25 +180,10 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self._halve(tensors)  # outside of the exception, whose traceback holds on to what has to go
+            # Outside of the exception, whose traceback holds on to what has to go.
+            halve_micro_batches(position, tensors)
+            self._say(f"step {position.step}: out of memory; from here on in {position.parts} parts of the same batch")
             self.generators.load_state_dict(generators)
-
-    def _halve(self, tensors: Tensors) -> None:
-        """Cut every batch into twice as many micro-batches from here on.
-
-        Raises:
-            UserError: if a micro-batch is one example.
-        """
-        position = self.position
-        if not can_be_halved(tensors, position.parts):
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-            raise UserError(
-                f"{self.phase}: step {position.step}: one example at a time is still too large for the memory of "
-                f"{self.accelerator.device} (batch: {shapes}); take a smaller model or shorter texts"
-            )
-        position.parts *= 2
-        torch.cuda.empty_cache()
-        self._say(f"step {position.step}: out of memory; from here on in {position.parts} parts of the same batch")
 
     def _add_gradients(self, tensors: Tensors) -> float:
         """Add the gradients of a batch, one micro-batch after the other, and return its mean loss."""

@@ -72,8 +72,9 @@ class SavedStates:
         """
         self.wait()
         parts = {name: part.state_dict() for name, part in self._parts.items()}
-        values, tensors = _taken_apart({"position": asdict(position), "best": best, "world": self._world, **parts})
-        self._writing = self._writer.submit(self._write, values, tensors)
+        copies = _Copies()
+        values = copies.take_apart({"position": asdict(position), "best": best, "world": self._world, **parts})
+        self._writing = self._writer.submit(self._write, values, copies.tensors)
 
     def wait(self) -> None:
         """Wait until what was saved is safe on disk.
@@ -157,33 +158,37 @@ def _write_files(folder: Path, values: Any, tensors: dict[str, Tensor]) -> None:
     write_json(folder / _VALUES, values)
 
 
-def _taken_apart(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Split nested dictionaries and lists into what JSON holds and copies of the tensors, which it calls by number.
+class _Copies:
+    """Copies of the tensors of a state, by number; tensors that share their memory are copied once."""
 
-    Tensors that share their memory, such as tied embeddings, are copied once. Dictionaries become lists of pairs, since
-    JSON knows no keys but strings and optimizers count their parameters, and numbers that are not finite become text.
-    """
-    tensors: dict[str, Tensor] = {}
-    names: dict[tuple[Any, ...], str] = {}
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[tuple[Any, ...], str] = {}
 
-    def take(value: Any) -> Any:
+    def take_apart(self, value: Any) -> Any:
+        """Turn nested dictionaries and lists into what JSON holds, with the numbers of the tensors in their place.
+
+        Dictionaries become lists of pairs, since JSON knows no keys but strings and optimizers count their parameters;
+        numbers that are not finite become text.
+        """
         if isinstance(value, Tensor):
-            memory = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
-            name = names.setdefault(memory, str(len(names)))
-            if name not in tensors:
-                tensors[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
-            return {"tensor": name}
+            return {"tensor": self._copy(value)}
         if isinstance(value, Mapping):
-            return {"pairs": [[key, take(inner)] for key, inner in value.items()]}
+            return {"pairs": [[key, self.take_apart(inner)] for key, inner in value.items()]}
         if isinstance(value, list | tuple):
-            return [take(inner) for inner in value]
+            return [self.take_apart(inner) for inner in value]
         return {"number": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
 
-    return take(tree), tensors
+    def _copy(self, tensor: Tensor) -> str:
+        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        name = self._names.setdefault(memory, str(len(self._names)))
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        return name
 
 
 def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `_taken_apart`; tuples have become lists."""
+    """Undo `take_apart`; tuples have become lists."""
     if isinstance(value, list):
         return [_put_together(inner, tensors) for inner in value]
     if not isinstance(value, dict):

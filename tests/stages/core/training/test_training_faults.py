@@ -18,7 +18,8 @@ from training_problem import FakeRun, InterruptedFitError, Problem
 from stages.core.artifacts import read_json
 from stages.core.errors import UserError
 from stages.core.params import FaultParams
-from stages.core.training.faults import Step, find_fault, is_out_of_memory, remember_good_step
+from stages.core.training.faults import Step, find_fault, remember_good_step
+from stages.core.training.memory import is_out_of_memory
 from stages.core.training.recipe import Faults, Position, Tensors
 
 POLICY = FaultParams(spike=4.0, window=3, skips=2, rollbacks=2, rate_factor=0.5)
@@ -169,7 +170,7 @@ def test_bad_to_the_end_goes_further_back_each_time_and_stops_with_the_batch(tmp
     assert backs == ["fit back to step 12", "fit back to step 8"]
     path = tmp_path / "fit-fault" / "bad-batch.safetensors"
     assert str(stopped.value) == (
-        "fit: step 9: the loss is nan, after 2 ways back to a saved state and at 0.25 of the learning rate; "
+        "step 9: the loss is nan, after 2 ways back to a saved state and at 0.25 of the learning rate; "
         f"look at the batch in {path}, or lower the learning rate"
     )
     described = read_json(path.with_suffix(".json"))
@@ -270,7 +271,7 @@ def test_one_example_too_many_is_a_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError) as stopped:
         problem.fit(run)
     assert str(stopped.value) == (
-        "fit: step 0: one example at a time is still too large for the memory of cpu "
+        "step 0: one example at a time is still too large for the memory of this machine "
         "(batch: inputs [4, 3], targets [4]); take a smaller model or shorter texts"
     )
     assert run.said[-1] == "fit step 0: out of memory; from here on in 4 parts of the same batch"

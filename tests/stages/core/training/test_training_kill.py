@@ -20,6 +20,7 @@ import yaml
 from training_forks import FORKS
 
 from stages.core.artifacts import file_sha256, write_manifest
+from stages.core.stage import EXIT_INTERRUPTED
 
 TINY = yaml.safe_load((Path(__file__).parents[4] / "presets" / "tiny.yaml").read_text())
 KILLS = 10
@@ -32,11 +33,11 @@ INPUTS = {
 
 
 def _params() -> dict[str, Any]:
-    """Over 60 steps in every stage, so that ten kills come before the end."""
+    """Over 70 steps in every stage, so that ten kills come before the end."""
     raw = copy.deepcopy(TINY)
-    raw["pretrain"] |= {"steps": 66, "evaluations": 3}
+    raw["pretrain"] |= {"steps": 78, "evaluations": 3}
     raw["pretrain"]["optimizer"]["batch_tokens"] = 64
-    raw["finetune"] |= {"epochs": 6, "patience": 6, "adversarial_epsilon": 0.5}
+    raw["finetune"] |= {"epochs": 7, "patience": 7, "adversarial_epsilon": 0.5}
     raw["finetune"]["optimizer"]["batch_tokens"] = 64
     raw["distill"] |= {"epochs": 4, "weights": {**raw["distill"]["weights"], "hidden": 0.5, "relations": 1.0}}
     raw["distill"] |= {"student": {"kind": "layers", "layers": [0, 1]}, "relations": {"layer": 1, "heads": 4}}
@@ -77,7 +78,8 @@ def _kill() -> None:
 def _plan_kill(kind: str, seed: int) -> None:
     """Make this process kill itself: before a step, at some moment of the training, or when a save is not yet renamed.
 
-    The kernel ends it as it would for anybody else's SIGKILL: no handler, no `finally`, no flush.
+    The kernel ends it as it would for anybody else's SIGKILL: no handler, no `finally`, no flush. "politely" is what
+    Ctrl-C and a shutdown do.
     """
     from stages.core.training import loop, state
 
@@ -90,7 +92,9 @@ def _plan_kill(kind: str, seed: int) -> None:
         number = next(taken)
         if kind == "moment" and number == 0:
             threading.Timer(generator.uniform(0.0, 0.15), _kill).start()
-        if number == last:
+        if number == last and kind == "politely":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif number == last:
             _kill()
         real_step(self, *arguments)
 
@@ -135,7 +139,7 @@ def _folder(root: Path, saves: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "distill"])
-def test_killed_ten_times_it_ends_with_the_same_weights(stage: str, inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_killed_ten_times_and_stopped_once_it_ends_with_the_same_weights(stage: str, inputs: dict[str, Path], tmp_path: Path) -> None:
     untouched = _folder(tmp_path / "untouched", {"seconds": 60.0, "steps": None, "keep": 1})
     killed = _folder(tmp_path / "killed", {"seconds": 60.0, "steps": 2, "keep": 2})
     assert _run(untouched, stage, inputs) == 0
@@ -144,6 +148,7 @@ def test_killed_ten_times_it_ends_with_the_same_weights(stage: str, inputs: dict
         kind = generator.choice(["step", "moment", "save"])
         assert _run(killed, stage, inputs, kind, seed) == -signal.SIGKILL
         assert not (killed / "artifacts" / "out").exists()
+    assert _run(killed, stage, inputs, "politely", KILLS) == EXIT_INTERRUPTED
     assert _run(killed, stage, inputs) == 0
     assert f"{stage} goes on from step" in (killed / "log.txt").read_text()
     for name in ("model/model.safetensors", "history.csv"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,29 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     states.save(Position(), {})
     states.wait()
     assert next(tmp_path.glob("*/state.safetensors")).stat().st_size < 1.5 * 40_000
+
+
+def test_nothing_holds_on_to_the_copies_of_a_written_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as large as the model and its optimizer, and must not wait for the garbage collector."""
+    copies: list[weakref.ref[torch.Tensor]] = []
+    real = state_module._write_files
+
+    def write(folder: Path, values: Any, tensors: dict[str, torch.Tensor]) -> None:
+        copies.extend(weakref.ref(tensor) for tensor in tensors.values())
+        real(folder, values, tensors)
+
+    monkeypatch.setattr(state_module, "_write_files", write)
+    states = SavedStates(tmp_path, {"model": nn.Linear(2, 2)}, 1, {"world_size": 1}, print)
+    gc.disable()
+    try:
+        states.save(Position(), {})
+        states.wait()
+        states.save(Position(), {})  # the writer lets go of its last work when it gets the next
+        states.wait()
+        assert len(copies) == 4
+        assert [copy() for copy in copies[:2]] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_generators_draw_the_same_again() -> None:
