@@ -278,7 +278,7 @@ def _seed(seed: int) -> None:
 
 def _state_key(name: str, params: Params, inputs: Mapping[str, Path]) -> str:
     """Name everything that decides a result: inputs, params and the checkpoints they name, and code; resume state of
-    anything else is stale.
+    anything else is stale. How often states are saved may change between a run and its resumption.
     """
     code = [file_sha256(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     sums = [file_sha256(folder / MANIFEST) for folder in inputs.values()]
