@@ -23,7 +23,6 @@ from stages.core.training.memory import is_out_of_memory
 from stages.core.training.recipe import Faults, Position, Tensors
 
 POLICY = FaultParams(spike=4.0, window=3, skips=2, rollbacks=2, rate_factor=0.5)
-EVERY_STEP = {"steps": 1, "keep": 20}
 CPU_FULL = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
 
 

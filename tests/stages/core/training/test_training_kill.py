@@ -139,7 +139,9 @@ def _folder(root: Path, saves: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "distill"])
-def test_killed_ten_times_and_stopped_once_it_ends_with_the_same_weights(stage: str, inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_killed_ten_times_and_stopped_once_it_ends_with_the_same_weights(
+    stage: str, inputs: dict[str, Path], tmp_path: Path
+) -> None:
     untouched = _folder(tmp_path / "untouched", {"seconds": 60.0, "steps": None, "keep": 1})
     killed = _folder(tmp_path / "killed", {"seconds": 60.0, "steps": 2, "keep": 2})
     assert _run(untouched, stage, inputs) == 0
