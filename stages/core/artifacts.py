@@ -188,3 +188,12 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def tells_full_disk(error: BaseException | None) -> bool:
+    """Libraries in C++ and Rust wrap the system's error in their own, so its words count as well as its number."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -328,13 +328,36 @@ class SaveParams(Section):
     """How often a training run saves the state that it resumes from."""
 
     seconds: NotNegative
-    """Between two saved states."""
+    """Between two saved states; 0 saves after every step."""
+    steps: Number | None
+    """Between two saved states, whatever the clock says; null goes by the clock alone."""
+    keep: Number
+    """How many of the last saved states stay on disk; a damaged one falls back on the one before."""
+
+
+class FaultParams(Section):
+    """What is done about bad steps: skip them; after too many in a row roll back and learn slower; at last stop.
+
+    A step is bad where its loss or gradient norm is not finite, or where its loss is a spike.
+    """
+
+    spike: Annotated[float, Field(gt=1.0)] | None
+    """A loss so many times the running median, and above every loss of the first window, is a spike; null: none is."""
+    window: Number
+    """Losses that the running median is over; spikes count from there on."""
+    skips: Number
+    """Bad steps in a row that lead back to the last good saved state."""
+    rollbacks: Count
+    """After so many ways back, the next one stops the run."""
+    rate_factor: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Learning rate after a way back, over that before."""
 
 
 class TrainingParams(Section):
     """The engine of every stage that trains."""
 
     saves: SaveParams
+    faults: FaultParams
 
 
 class MaskingParams(Section):

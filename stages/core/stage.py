@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import errno
 import os
 import random
 import shutil
@@ -35,6 +34,7 @@ from stages.core.artifacts import (
     file_sha256,
     publish,
     recover,
+    tells_full_disk,
     text_sha256,
     verify,
     write_json,
@@ -168,7 +168,7 @@ def _run_command(
         say(f"{full_name}: interrupted; the next run goes on from here")
         return EXIT_INTERRUPTED
     except Exception as error:  # whatever it is, it goes on up unless the disk is full
-        if not _tells_full_disk(error):
+        if not tells_full_disk(error):
             raise
         say(f"{full_name}: the disk of {Path.cwd()} is full; free some space and run again, nothing was lost")
         return EXIT_USER_ERROR
@@ -254,15 +254,6 @@ def _new_staging(name: str) -> Path:
     return staging
 
 
-def _tells_full_disk(error: BaseException | None) -> bool:
-    """Libraries in C++ and Rust wrap the system's error in their own, so its words count as well as its number."""
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _check_disk(inputs: Mapping[str, Path]) -> None:
     """A stage writes about as much as it reads; require twice that and some to spare before any work starts."""
     size = sum(path.stat().st_size for folder in inputs.values() for path in folder.rglob("*") if path.is_file())
@@ -287,10 +278,11 @@ def _seed(seed: int) -> None:
 
 def _state_key(name: str, params: Params, inputs: Mapping[str, Path]) -> str:
     """Name everything that decides a result: inputs, params and the checkpoints they name, and code; resume state of
-    anything else is stale.
+    anything else is stale. How often states are saved may change between a run and its resumption.
     """
     code = [file_sha256(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     sums = [file_sha256(folder / MANIFEST) for folder in inputs.values()]
     folders = params.distill.checkpoints().values()
     named = [file_sha256(path) for folder in folders for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-    return text_sha256("\n".join([name, params.model_dump_json(exclude={"tracking"}), *sums, *named, *code]))[:16]
+    values = params.model_dump_json(exclude={"tracking": True, "training": {"saves"}})
+    return text_sha256("\n".join([name, values, *sums, *named, *code]))[:16]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,16 @@ class WeightAverage:
         trained = {} if decay is None else dict(model.named_parameters())  # a weight tied to another appears once
         self._weights = {name: weight for name, weight in trained.items() if weight.requires_grad}
         self.tensors: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        """By the name of the parameter; to be saved and filled again by who resumes a run."""
+        """By the name of the parameter."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average, to be saved."""
+        return self.tensors
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], /) -> None:
+        """Fill the average with one that was saved."""
+        for name, tensor in state_dict.items():
+            self.tensors[name].copy_(tensor)
 
     def update(self, steps: int) -> None:
         """Follow the weights after so many steps of the run.

@@ -1,7 +1,8 @@
 """The training loop.
 
 The best round by validation is kept. A run killed at any instant goes on from its last saved state and ends with the
-same weights, bit for bit, because everything that decides the next step is saved; see `state`.
+same weights, bit for bit, because everything that decides the next step is saved; see `state`. Steps that go wrong are
+skipped, undone or done again in smaller parts; see `faults` and `memory`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,23 @@ from stages.core.observe.progress import track
 from stages.core.stage import StageRun
 from stages.core.tensors import to_device
 from stages.core.training.averaging import WeightAverage
+from stages.core.training.faults import (
+    Step,
+    after_rollback,
+    find_fault,
+    is_good_state,
+    remember_bad_step,
+    remember_good_step,
+    stop_where_it_persists,
+)
+from stages.core.training.generators import Generators
+from stages.core.training.memory import halve_micro_batches, is_out_of_memory
 from stages.core.training.optimizers import build_optimizer
-from stages.core.training.precision import autocast, build_accelerator, clip_and_step, resolve_precision
+from stages.core.training.precision import autocast, build_accelerator, clip_gradients, resolve_precision
 from stages.core.training.prefetch import prefetched
-from stages.core.training.recipe import Position, Recipe, Tensors
+from stages.core.training.recipe import Batch, Position, Recipe, Tensors
 from stages.core.training.schedules import rate_share
-from stages.core.training.state import restore_state, save_state
+from stages.core.training.state import SavedStates, Stateful
 
 _STEPS_BETWEEN_LIVE_POINTS = 10
 
@@ -46,7 +58,6 @@ class Trainer:
 
     def __init__(self, model: nn.Module, recipe: Recipe, run: StageRun, phase: str):
         self.model, self.recipe, self.run, self.phase = model, recipe, run, phase
-        self.folder = run.state / phase
         self.precision = resolve_precision(recipe.optimizer.precision)
         self.accelerator = build_accelerator(self.precision)
         self.model.to(self.accelerator.device)
@@ -56,55 +67,137 @@ class Trainer:
         self.average = WeightAverage(model, recipe.optimizer.averaging)
         self.position = Position()
         self.best: dict[str, Tensor] = {}
+        self.generators = Generators()
+        parts: dict[str, Stateful] = {
+            "model": model,
+            "optimizer": self.optimizer,
+            "scaler": self.accelerator.scaler,
+            "average": self.average,
+            "generators": self.generators,
+        }
+        world = {"world_size": self.accelerator.num_processes, "batch_tokens": recipe.optimizer.batch_tokens}
+        self.states = SavedStates(run.state / phase, parts, run.params.training.saves.keep, world, self._say)
         self._saved_at = time.monotonic()
 
     def fit(self) -> Position:
         """Train to the end, from the saved state where there is one."""
-        self._restore()
-        with _interruptible() as interrupted:
-            while self.position.round < self.recipe.rounds and not self._out_of_patience():
-                self._train_round(interrupted)
-                with self.average.applied():
-                    self._evaluate()
-                self._save_if(interrupted.is_set() or self._save_is_due())
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
-        self._save_if(True)  # a stage with a later phase does not train this one again
+        try:
+            self._restore()
+            self._fit()
+        finally:
+            self.states.wait()  # whatever ends the training, what was saved is safe on disk
         self.average.apply()
         if self.recipe.keep_best and self.best:
             self.model.load_state_dict(self.best)
         self.model.to("cpu").eval()
         return self.position
 
-    def _train_round(self, interrupted: threading.Event) -> None:
+    def _fit(self) -> None:
+        with _interruptible() as interrupted:
+            while self.position.round < self.recipe.rounds and not self._out_of_patience():
+                if not self._train_round(interrupted):
+                    continue
+                with self.average.applied():
+                    self._evaluate()
+                self._save_where_due(interrupted)
+        self._save()  # a stage with a later phase does not train this one again
+
+    def _train_round(self, interrupted: threading.Event) -> bool:
+        """Train to the end of the round; False where the run was rolled back and stands in a round before its end."""
         position = self.position
-        waiting = self.recipe.batches(position.round)[position.batch :]
+        batches = self._waiting_batches()
         description = f"{self.run.name} {self.phase} round {position.round + 1}/{self.recipe.rounds}"
         self.model.train()
-        for tensors in track(prefetched(self.recipe.prepare, waiting), description, total=len(waiting)):
-            self._step(tensors)
-            position.batch += 1
-            self._save_if(interrupted.is_set() or self._save_is_due())
-            if interrupted.is_set():
-                raise KeyboardInterrupt
+        ready = track(prefetched(self.recipe.prepare, list(batches.values())), description, total=len(batches))
+        for (index, batch), tensors in zip(batches.items(), ready, strict=True):
+            position.batch = index
+            self._step(tensors, batch)
+            if position.faults.in_a_row == self.run.params.training.faults.skips:
+                self._roll_back()
+                return False
+            position.batch = index + 1
+            self._save_where_due(interrupted)
+        return True
 
-    def _step(self, tensors: Tensors) -> None:
+    def _waiting_batches(self) -> dict[int, Batch]:
+        """Batches of the round that are still to come, by their number, without those that were bad before."""
         position = self.position
+        return {
+            index: batch
+            for index, batch in enumerate(self.recipe.batches(position.round))
+            if index >= position.batch and [position.round, index] not in position.faults.bad_batches
+        }
+
+    def _step(self, tensors: Tensors, batch: Batch) -> None:
+        position, params = self.position, self.run.params.training.faults
         self._set_learning_rate()
-        self.optimizer.zero_grad(set_to_none=True)
-        value = self._add_gradients(tensors)
-        maximum_norm = self.recipe.optimizer.maximum_gradient_norm
-        clip_and_step(self.accelerator, self.optimizer, self.model.parameters(), maximum_norm)
-        if value != value:
-            raise FloatingPointError(f"{self.run.name}: the loss is not a number at step {position.step}")
+        value = self._gradients(tensors)
+        maximum_norm, scaler = self.recipe.optimizer.maximum_gradient_norm, self.accelerator.scaler
+        norm = clip_gradients(self.accelerator, self.optimizer, self.model.parameters(), maximum_norm)
+        step = Step(value, norm)
+        fault = find_fault(step, position.faults, params, scaler.is_enabled())
+        if fault is None:
+            scaler.step(self.optimizer)
+            remember_good_step(position.faults, value, params.window)
+            self.average.update(position.step + 1)
+            if self.recipe.after_step is not None:
+                self.recipe.after_step(position.step + 1)
+            position.loss_sum += value
+            position.loss_count += 1
+            if (position.step + 1) % _STEPS_BETWEEN_LIVE_POINTS == 0:
+                self.run.record.log(position.step + 1, {f"{self.phase}_batch_loss": value})
+        else:
+            self._skip(fault, step, tensors, batch)
+        scaler.update()
         position.step += 1
-        self.average.update(position.step)
-        if self.recipe.after_step is not None:
-            self.recipe.after_step(position.step)
-        position.loss_sum += value
-        position.loss_count += 1
-        if position.step % _STEPS_BETWEEN_LIVE_POINTS == 0:
-            self.run.record.log(position.step, {f"{self.phase}_batch_loss": value})
+
+    def _skip(self, fault: str, step: Step, tensors: Tensors, batch: Batch) -> None:
+        """Leave a bad step out.
+
+        Raises:
+            UserError: if it is one too many.
+        """
+        position, params = self.position, self.run.params.training.faults
+        faults = position.faults
+        remember_bad_step(faults, position.round, position.batch)
+        self._say(f"step {position.step}: {fault}; skipped, {faults.in_a_row} in a row of at most {params.skips}")
+        folder = self.run.state / f"{self.phase}-fault"
+        stop_where_it_persists(fault, step, batch, tensors, position, params, folder)
+
+    def _roll_back(self) -> None:
+        """Go back to the last good saved state, to learn slower from there; without one, from the weights as they are.
+
+        The state is saved again at once, so that a killed run remembers why it is there.
+        """
+        failed, factor = self.position, self.run.params.training.faults.rate_factor
+        saved = self.states.restore(lambda position: is_good_state(position, failed.faults)) or self.states.restore()
+        if saved is not None:
+            self.best = saved.best
+        self.position = after_rollback(failed if saved is None else saved.position, failed, factor)
+        self._say(
+            f"back to step {self.position.step}, with {self.position.faults.rate:.3g} of the learning rate and without "
+            f"the bad batches; {self.position.faults.rollbacks} of at most {self.run.params.training.faults.rollbacks}"
+        )
+        self._save()
+
+    def _gradients(self, tensors: Tensors) -> float:
+        """Give the model the gradients of a batch and return its mean loss, in smaller parts where memory runs out.
+
+        Raises:
+            UserError: if there is not even memory for one example.
+        """
+        position, generators = self.position, self.generators.state_dict()
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._add_gradients(tensors)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the exception, whose traceback holds on to what has to go.
+            halve_micro_batches(position, tensors)
+            self._say(f"step {position.step}: out of memory; from here on in {position.parts} parts of the same batch")
+            self.generators.load_state_dict(generators)
 
     def _add_gradients(self, tensors: Tensors) -> float:
         """Add the gradients of a batch, one micro-batch after the other, and return its mean loss."""
@@ -155,32 +248,45 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         optimizer = self.recipe.optimizer
-        return optimizer.learning_rate * rate_share(optimizer.schedule, step, self.steps)
+        share = rate_share(optimizer.schedule, step, self.steps)
+        return optimizer.learning_rate * self.position.faults.rate * share
 
     def _set_learning_rate(self) -> None:
         rate = self._learning_rate(self.position.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
 
-    def _save_is_due(self) -> bool:
-        return time.monotonic() - self._saved_at > self.run.params.training.saves.seconds
+    def _save_where_due(self, interrupted: threading.Event) -> None:
+        """Save the state when it is time to, and before an interrupt ends the run."""
+        saves = self.run.params.training.saves
+        by_clock = time.monotonic() - self._saved_at > saves.seconds
+        by_steps = saves.steps is not None and self.position.step % saves.steps == 0
+        if interrupted.is_set() or by_clock or by_steps:
+            self._save()
+        if interrupted.is_set():
+            raise KeyboardInterrupt
 
-    def _save_if(self, wanted: bool) -> None:
-        if wanted:
-            self.position.scaler = self.accelerator.scaler.state_dict()
-            save_state(self.folder, self.model, self.optimizer, self.best, self.average.tensors, self.position)
-            self._saved_at = time.monotonic()
+    def _save(self) -> None:
+        self.states.save(self.position, self.best)
+        self._saved_at = time.monotonic()
 
     def _restore(self) -> None:
-        restored = restore_state(self.folder, self.model, self.optimizer, self.average.tensors)
-        if restored is None:
+        saved, processes = self.states.restore(), self.accelerator.num_processes
+        if saved is None:
+            self._save()  # so that there is always a way back
             return
-        self.position, self.best = restored
-        if self.position.scaler:
-            self.accelerator.scaler.load_state_dict(self.position.scaler)
+        self.position, self.best = saved.position, saved.best
         for row in self.position.history:
             self.run.log(int(row["step"]), **{name: value for name, value in row.items() if name != "step"})
-        self.run.say(f"{self.phase} goes on from step {self.position.step}")
+        self._say(f"goes on from step {self.position.step}")
+        if saved.world_size != processes:
+            self._say(
+                f"was saved by {saved.world_size} processes and goes on with {processes}: the batches stay the same, "
+                "but dropout draws and the order of sums do not, so the weights are no longer the same bit for bit"
+            )
+
+    def _say(self, message: str) -> None:
+        self.run.say(f"{self.phase} {message}")
 
 
 def train(model: nn.Module, recipe: Recipe, run: StageRun, phase: str) -> Position:
@@ -197,7 +303,7 @@ def train(model: nn.Module, recipe: Recipe, run: StageRun, phase: str) -> Positi
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state is safe on disk.
-        FloatingPointError: if the loss is not a number.
+        UserError: if steps stay bad after every skip and way back, or one example is too large for the memory.
     """
     return Trainer(model, recipe, run, phase).fit()
 

@@ -46,11 +46,9 @@ def build_accelerator(precision: TrainingPrecision) -> Accelerator:
     return accelerator
 
 
-def clip_and_step(
+def clip_gradients(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], maximum_norm: float
-) -> None:
-    """Take a step with the gradients of the unscaled loss, clipped to a norm; none where they overflowed."""
+) -> float:
+    """Bring the gradients back from the scale of the loss and clip them to a norm; return the norm they had."""
     accelerator.scaler.unscale_(optimizer)
-    accelerator.clip_grad_norm_(weights, maximum_norm)
-    accelerator.scaler.step(optimizer)
-    accelerator.scaler.update()
+    return float(accelerator.clip_grad_norm_(weights, maximum_norm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -53,6 +54,25 @@ class Recipe:
 
 
 @dataclass
+class Faults:
+    """What went wrong so far in a training run, and what came of it; see `faults`."""
+
+    in_a_row: int = 0
+    """Bad steps since the last good one."""
+    rollbacks: int = 0
+    rolled_back_to: int | None = None
+    """Step of the last way back, while nothing was learnt since."""
+    rate: float = 1.0
+    """Share of the learning rate that is left."""
+    bad_batches: list[list[int]] = field(default_factory=list)
+    """Round and batch of every bad step; passed over when they come again after a way back."""
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last good steps."""
+    first_highest: float = -math.inf
+    """The highest loss of the first window."""
+
+
+@dataclass
 class Position:
     """Where a training run stands; what cannot be computed again from the params."""
 
@@ -65,6 +85,5 @@ class Position:
     loss_count: int = 0
     best_score: float | None = None
     best_round: int = -1
-    scaler: dict[str, float] = field(default_factory=dict)
-    """Of the loss in fp16; empty elsewhere."""
     history: list[dict[str, float]] = field(default_factory=list)
+    faults: Faults = field(default_factory=Faults)

@@ -316,8 +316,8 @@ def test_resume_state_outlives_a_failed_run_and_goes_with_a_finished_one() -> No
     assert seen == [False, True, False]
 
 
-@pytest.mark.parametrize("change", ["params", "input", "name", "tracking"])
-def test_resume_state_belongs_to_params_inputs_and_stage_but_not_to_tracking(params: Params, change: str) -> None:
+@pytest.mark.parametrize("change", ["params", "input", "name", "tracking", "saves"])
+def test_resume_state_belongs_to_what_decides_the_result(params: Params, change: str) -> None:
     with open_stage("clean", params, {"data": DATA}, OUT) as run:
         write_manifest(run.staging)
     other, name = params, "clean"
@@ -325,6 +325,9 @@ def test_resume_state_belongs_to_params_inputs_and_stage_but_not_to_tracking(par
         other = params.model_copy(update={"seed": params.seed + 1})
     elif change == "tracking":
         other = params.model_copy(update={"tracking": params.tracking.model_copy(update={"experiment": "another"})})
+    elif change == "saves":
+        saves = params.training.saves.model_copy(update={"seconds": 5.0})
+        other = params.model_copy(update={"training": params.training.model_copy(update={"saves": saves})})
     elif change == "input":
         (DATA / "train.parquet").write_bytes(b"other rows")
         write_manifest(DATA)
@@ -332,7 +335,7 @@ def test_resume_state_belongs_to_params_inputs_and_stage_but_not_to_tracking(par
         name = "tokenize"
     with open_stage(name, other, {"data": DATA}, OUT) as second:
         write_manifest(second.staging)
-    assert (run.state == second.state) is (change == "tracking")
+    assert (run.state == second.state) is (change in ("tracking", "saves"))
 
 
 def test_every_generator_is_seeded(params: Params) -> None:

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from stages.core import hardware
 from stages.core.params import OptimizerParams, load_params
 from stages.core.training.optimizers import build_optimizer
-from stages.core.training.precision import autocast, build_accelerator, clip_and_step, resolve_precision
+from stages.core.training.precision import autocast, build_accelerator, clip_gradients, resolve_precision
 
 FIRST_SCALE = 65536.0
 PARAMS = load_params(Path(__file__).parents[4] / "presets" / "tiny.yaml").finetune.optimizer
@@ -32,6 +32,12 @@ def params(kind: str, betas: list[float]) -> OptimizerParams:
 
 def weights_of(model: nn.Module) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
+def _step(accelerator: Any, optimizer: torch.optim.Optimizer, weights: Any, maximum_norm: float) -> None:
+    clip_gradients(accelerator, optimizer, weights, maximum_norm)
+    accelerator.scaler.step(optimizer)
+    accelerator.scaler.update()
 
 
 @pytest.mark.parametrize("overflow_at", [0, 2])
@@ -78,11 +84,11 @@ def test_gradients_are_unscaled_before_they_are_clipped() -> None:
     accelerator = build_accelerator("fp16")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     accelerator.backward(model(torch.full((1, 1), 0.25)).sum())
-    clip_and_step(accelerator, optimizer, model.parameters(), 1.0)
+    _step(accelerator, optimizer, model.parameters(), 1.0)
     assert model.weight.item() == pytest.approx(-0.25)  # and not -1, the clipped 0.25 * 65,536
     optimizer.zero_grad()
     accelerator.backward(model(torch.full((1, 1), 4.0)).sum())
-    clip_and_step(accelerator, optimizer, model.parameters(), 1.0)
+    _step(accelerator, optimizer, model.parameters(), 1.0)
     assert model.weight.item() == pytest.approx(-1.25, rel=1e-5)
 
 
@@ -96,7 +102,7 @@ def test_nothing_is_scaled_in_formats_with_the_range_of_fp32(precision: Any) -> 
     assert accelerator.scaler.state_dict() == {}
     weight.grad.fill_(float("inf"))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    clip_and_step(accelerator, optimizer, [weight], 1.0)
+    _step(accelerator, optimizer, [weight], 1.0)
     assert weight.isnan()  # the loop's own checks must see it
 
 
@@ -119,7 +125,7 @@ def test_a_small_transformer_learns_in_fp16_on_the_cpu() -> None:
         with autocast("fp16"):
             loss = model(input_ids=tokens, labels=labels).loss
         accelerator.backward(loss)
-        clip_and_step(accelerator, optimizer, model.parameters(), 1.0)
+        _step(accelerator, optimizer, model.parameters(), 1.0)
         losses.append(loss.item())
     assert set(seen) == {torch.float16}
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}

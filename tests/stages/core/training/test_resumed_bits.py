@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.core.params import OptimizerParams, load_params
-from stages.core.training.loop import train
+from stages.core.training.loop import Trainer
 from stages.core.training.recipe import Batch, Position, Recipe, Tensors
 
 BETAS = {
@@ -92,7 +92,8 @@ class Task:
             **changes,
         )
         torch.manual_seed(1)
-        return train(self.model, recipe, run, "fit")  # type: ignore[arg-type]
+        self.trainer = Trainer(self.model, recipe, run, "fit")  # type: ignore[arg-type]
+        return self.trainer.fit()
 
 
 def weights_of(model: nn.Module) -> Tensor:
@@ -115,13 +116,14 @@ def test_interrupted_and_resumed(kind: str, precision: str, averaging: float | N
         broken.fit()
     resumed = Task(whole.optimizer, tmp_path / "broken")
     resumed.calls = 6
-    position = resumed.fit()
+    resumed.fit()
     assert resumed.calls == whole.calls == ROUNDS * TEXTS // BATCH
     assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
     assert resumed.model.head.weight is resumed.model.embedding.weight
     if precision == "fp16":  # the scale that the overflow halved has come along
-        assert position.scaler["scale"] == 65536.0 / 2
-        assert position.scaler["_growth_tracker"] == ROUNDS * TEXTS // BATCH - OVERFLOW_AT
+        scaler = resumed.trainer.accelerator.scaler.state_dict()
+        assert scaler["scale"] == 65536.0 / 2
+        assert scaler["_growth_tracker"] == ROUNDS * TEXTS // BATCH - OVERFLOW_AT
 
 
 @pytest.mark.parametrize("keep_best", [True, False])
