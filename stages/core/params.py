@@ -276,10 +276,31 @@ class SaveParams(Section):
     """Between two saved states."""
 
 
+class ParallelParams(Section):
+    """How one training run is spread over processes, one for each device; the four numbers multiply to their count."""
+
+    data: Number
+    """Copies of the model, each of which learns from its share of every batch (data parallel)."""
+    shards: Number
+    """Processes over which every copy is spread: each keeps so small a part of all weights, gradients and optimizer
+    state, gets the rest when it is needed, and learns from its share of the rows (FSDP, 2304.11277)."""
+    tensor: Number
+    """Processes that compute every layer together, each some of its heads and neurons (Megatron-LM, 1909.08053)."""
+    pipeline: Number
+    """Processes that have some of the layers each and hand hidden states on (GPipe, 1811.06965)."""
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return self.data * self.shards * self.tensor * self.pipeline
+
+
 class TrainingParams(Section):
     """The engine of every stage that trains."""
 
     saves: SaveParams
+    parallel: ParallelParams | None
+    """null: one process on one device."""
 
 
 class PretrainParams(Section):

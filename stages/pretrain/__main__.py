@@ -131,6 +131,7 @@ def _pretrain(run: StageRun, model: nn.Module, tokenizer: Any) -> dict[str, Any]
         weight=lambda tensors: float(tensors["chosen"].sum()),
         evaluate=language_model.evaluate,
         keep_best=False,
+        divisible=True,
     )
     train(model, recipe, run, "pretrain")
     _, after = language_model.evaluate()

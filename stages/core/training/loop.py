@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stages.core.observe.progress import track
 from stages.core.stage import StageRun
 from stages.core.tensors import to_device
+from stages.core.training.devices import Devices, describe
 from stages.core.training.optimizers import build_optimizer
 from stages.core.training.precision import resolve_precision
 from stages.core.training.prefetch import prefetched
@@ -48,12 +48,11 @@ class Trainer:
         self.model, self.recipe, self.run, self.phase = model, recipe, run, phase
         self.folder = run.state / phase
         precision = resolve_precision(recipe.optimizer.precision)
-        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-        self.model.to(self.accelerator.device)
-        self.loss = LossModule(model, recipe)
+        self.devices = Devices(run.params.training.parallel, recipe, precision)
+        self.loss = self.devices.place(LossModule(model, recipe), model, recipe)
         self.steps = sum(len(recipe.batches(index)) for index in range(recipe.rounds))
         self.optimizer = build_optimizer(model, recipe.optimizer, recipe.learning_rate_scale)
-        self.position = Position()
+        self.position = Position(processes=self.devices.sizes)
         self.best: dict[str, Tensor] = {}
         self._saved_at = time.monotonic()
 
@@ -64,10 +63,9 @@ class Trainer:
             while self.position.round < self.recipe.rounds and not self._out_of_patience():
                 self._train_round(interrupted)
                 self._evaluate()
-                self._save_if(interrupted.is_set() or self._save_is_due())
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
-        self._save_if(True)  # a stage with a later phase does not train this one again
+                self._save_and_stop_if(interrupted)
+        self._save()  # a stage with a later phase does not train this one again
+        self.devices.leave()
         if self.recipe.keep_best and self.best:
             self.model.load_state_dict(self.best)
         self.model.to("cpu").eval()
@@ -81,16 +79,15 @@ class Trainer:
         for tensors in track(prefetched(self.recipe.prepare, waiting), description, total=len(waiting)):
             self._step(tensors)
             position.batch += 1
-            self._save_if(interrupted.is_set() or self._save_is_due())
-            if interrupted.is_set():
-                raise KeyboardInterrupt
+            self._save_and_stop_if(interrupted)
 
     def _step(self, tensors: Tensors) -> None:
         position = self.position
         self._set_learning_rate()
+        self.devices.seed(position.step)
         self.optimizer.zero_grad(set_to_none=True)
         value = self._add_gradients(tensors)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.maximum_gradient_norm)
+        self.devices.clip(self.model, self.recipe.optimizer.maximum_gradient_norm)
         self.optimizer.step()
         if value != value:
             raise FloatingPointError(f"{self.run.name}: the loss is not a number at step {position.step}")
@@ -102,33 +99,23 @@ class Trainer:
 
     def _add_gradients(self, tensors: Tensors) -> float:
         """Add the gradients of a batch, one micro-batch after the other, and return its mean loss."""
-        parts = split(tensors, self.position.parts)
-        weights = [self.recipe.weight(part) for part in parts]
-        total = sum(weights)
-        return sum(
-            self._add_part(to_device(part, self.model), weight / total)
-            for part, weight in zip(parts, weights, strict=True)
-            if weight
-        )
+        shares = self.devices.shares(tensors, self.position.parts, self.recipe.weight)
+        value = 0.0
+        for left, (part, share) in zip(reversed(range(len(shares))), shares, strict=True):
+            with self.devices.waiting(self.loss, left > 0 and self.recipe.adversary is None):
+                value += self._add_part(to_device(part, self.model), share)
+        return self.devices.total(value)
 
     def _add_part(self, tensors: Tensors, share: float) -> float:
         """Add the gradients of a micro-batch that is so large a share of its batch; return its share of the loss."""
-
-        def backward() -> float:
-            with self.accelerator.autocast():
-                loss = self.loss(tensors) * share
-            self.accelerator.backward(loss)
-            return float(loss.detach())
-
-        value = backward()
+        value = self.devices.add_gradients(self.loss, tensors, share)
         if self.recipe.adversary is not None:
-            self.recipe.adversary(backward)
+            self.recipe.adversary(lambda: self.devices.add_gradients(self.loss, tensors, share))
         return value
 
     def _evaluate(self) -> None:
         position = self.position
-        self.model.eval()
-        score, values = self.recipe.evaluate()
+        score, values = self._judge()
         row = {
             "epoch": float(position.round + 1),
             "train_loss": position.loss_sum / max(position.loss_count, 1),
@@ -142,9 +129,15 @@ class Trainer:
         if position.best_score is None or score > position.best_score:
             position.best_score, position.best_round = score, position.round
             if self.recipe.keep_best:
-                self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+                with self.devices.whole():
+                    self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         position.round, position.batch = position.round + 1, 0
         position.loss_sum, position.loss_count = 0.0, 0
+
+    def _judge(self) -> tuple[float, dict[str, float]]:
+        with self.devices.whole():
+            self.model.eval()
+            return self.devices.on_first(self.recipe.evaluate)
 
     def _out_of_patience(self) -> bool:
         patience, position = self.recipe.patience, self.position
@@ -162,19 +155,36 @@ class Trainer:
     def _save_is_due(self) -> bool:
         return time.monotonic() - self._saved_at > self.run.params.training.saves.seconds
 
-    def _save_if(self, wanted: bool) -> None:
-        if wanted:
-            save_state(self.folder, self.model, self.optimizer, self.best, self.position)
-            self._saved_at = time.monotonic()
+    def _save_and_stop_if(self, interrupted: threading.Event) -> None:
+        stop, save = self.devices.any(interrupted.is_set(), self._save_is_due())
+        if stop or save:
+            self._save()
+        if stop:
+            raise KeyboardInterrupt
+
+    def _save(self) -> None:
+        with self.devices.whole():
+            optimizer = self.devices.optimizer(self.optimizer)
+            if self.devices.first:
+                save_state(self.folder, self.model, optimizer, self.best, self.position)
+        self._saved_at = time.monotonic()
 
     def _restore(self) -> None:
-        restored = restore_state(self.folder, self.model, self.optimizer)
+        with self.devices.whole(changed=True):
+            restored = restore_state(self.folder, self.model, self.devices.optimizer(self.optimizer))
         if restored is None:
             return
         self.position, self.best = restored
         for row in self.position.history:
             self.run.log(int(row["step"]), **{name: value for name, value in row.items() if name != "step"})
         self.run.say(f"{self.phase} goes on from step {self.position.step}")
+        if self.position.processes != self.devices.sizes:
+            self.run.say(
+                f"{self.phase} was saved by {describe(self.position.processes)} and goes on with "
+                f"{describe(self.devices.sizes)}: the batches stay as they are, but sums run in another order and dropout "
+                "is drawn anew, so the weights will not be those of an unbroken run to the last bit"
+            )
+            self.position.processes = self.devices.sizes
 
 
 def train(model: nn.Module, recipe: Recipe, run: StageRun, phase: str) -> Position:
@@ -194,12 +204,6 @@ def train(model: nn.Module, recipe: Recipe, run: StageRun, phase: str) -> Positi
         FloatingPointError: if the loss is not a number.
     """
     return Trainer(model, recipe, run, phase).fit()
-
-
-def split(tensors: Tensors, parts: int) -> list[Tensors]:
-    """Cut a batch into micro-batches of nearly equal numbers of examples."""
-    cut = {name: tensor.tensor_split(parts) for name, tensor in tensors.items()}
-    return [dict(zip(cut, part, strict=True)) for part in zip(*cut.values(), strict=True)]
 
 
 @contextmanager
