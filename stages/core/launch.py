@@ -40,12 +40,12 @@ def check_processes(parallel: ParallelParams | None) -> None:
         UserError: if not.
     """
     asked, started = parallel.processes if parallel else 1, process_count() or 1
-    if asked != started:
-        factors = f"{parallel.data} x {parallel.shards} x {parallel.tensor} x {parallel.pipeline}" if parallel else "null"
-        raise UserError(
-            f"training.parallel: {started} processes were started where data x shards x tensor x pipeline asks for "
-            f"{asked} ({factors}); start {asked}, or change it"
-        )
+    if asked == started:
+        return
+    if parallel is None:
+        raise UserError(f"WORLD_SIZE: {started} processes were started for what runs in one; start one")
+    sizes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items())
+    raise UserError(f"training.parallel: {started} processes were started where {sizes} asks for {asked}; start {asked}")
 
 
 def launch(parallel: ParallelParams, module: str) -> int:

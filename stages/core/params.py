@@ -27,6 +27,7 @@ Number = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ExactVersion = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+!-]*$")]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ParallelAxis = Literal["data", "shards", "tensor", "pipeline"]
 _OWN_COLUMNS = ("text", "label", "input_ids")
 
 

@@ -69,4 +69,4 @@ def layer_scale(name: str, layers: int, decay: float) -> float:
 
 
 if __name__ == "__main__":
-    command("finetune", run_finetune, inputs=("model", "data"))
+    command("finetune", run_finetune, inputs=("model", "data"), parallel=("data", "shards", "tensor", "pipeline"))

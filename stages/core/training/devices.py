@@ -11,6 +11,7 @@ to be judged, to be saved, and at the end.
 from __future__ import annotations
 
 import copy
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,8 +21,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from stages.core.errors import UserError
-from stages.core.launch import check_processes
+from stages.core.launch import check_processes, is_first_process, process_count
 from stages.core.params import ParallelParams
 from stages.core.training.pipeline_parallel import Pipeline, PipelinePart, check_pipeline
 from stages.core.training.recipe import Recipe, Tensors, split
@@ -42,6 +42,8 @@ State = dict[str, Tensor]
 
 _ONE = ParallelParams(data=1, shards=1, tensor=1, pipeline=1)
 _AXES = ("pipeline", "data", "shards", "tensor")  # from those that talk least to those that talk most: neighbours
+# It tells of every sum over two axes that takes two steps, once for each process and layout.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 _PATIENCE = timedelta(hours=1)  # the first process judges the model alone, and the others wait that long for it
 
 
@@ -57,8 +59,8 @@ class Devices:
         self.parallel = parallel or _ONE
         check_processes(self.parallel)
         _check_recipe(self.parallel, recipe, precision)
-        waiting = [InitProcessGroupKwargs(timeout=_PATIENCE)] if self.parallel.processes > 1 else []
-        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=waiting)
+        _join()
+        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
         self.sizes = self.parallel.model_dump() if self.parallel.processes > 1 else {}
         """Of the axes, where there are several processes."""
         self.mesh = _mesh(self.parallel, self.accelerator.device)
@@ -85,7 +87,7 @@ class Devices:
         if self.replicas == self.parallel.processes == self.parallel.data:
             ids = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
             loss.to(self.accelerator.device)
-            return DistributedDataParallel(loss, ids, broadcast_buffers=False, find_unused_parameters=True)
+            return DistributedDataParallel(loss, ids, forward_sync_buffers=False, find_unused_parameters=True)
         return self._spread(loss, model, recipe)
 
     def shares(
@@ -161,14 +163,6 @@ class Devices:
         raised = torch.tensor(flags, dtype=torch.int32, device=self.accelerator.device)
         torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
         return tuple(map(bool, raised.tolist()))
-
-    def on_first(self, act: Callable[[], Found]) -> Found:
-        """Let the first process act, and tell all what it found."""
-        if self.mesh is None:
-            return act()
-        found = [act() if self.first else None]
-        torch.distributed.broadcast_object_list(found, src=0)
-        return cast(Found, found[0])
 
     def seed(self, step: int) -> None:
         """Draw dropout anew at every step: unlike in the replicas, alike in processes that compute a layer together.
@@ -307,10 +301,26 @@ class Tied:
     group: torch.distributed.ProcessGroup
 
     def add_gradients(self) -> None:
-        """Give both the sum of their gradients."""
-        if self.weight.grad is None:
-            self.weight.grad = torch.zeros_like(self.weight)
-        torch.distributed.all_reduce(_local(self.weight.grad), group=self.group)
+        """Give both the sum of their gradients; a batch without weight leaves none in either."""
+        if self.weight.grad is not None:
+            torch.distributed.all_reduce(_local(self.weight.grad), group=self.group)
+
+
+def on_first(act: Callable[[], Found]) -> Found:
+    """Let the first process act, and tell all what it found: what a clock says is no fact to others."""
+    if not _join():
+        return act()
+    found = [act() if is_first_process() else None]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return cast(Found, found[0])
+
+
+def _join() -> bool:
+    """Meet the processes that were started with this one; False where there are none."""
+    if (process_count() or 1) == 1:
+        return False
+    PartialState(timeout=_PATIENCE)
+    return True
 
 
 def describe(sizes: Mapping[str, int]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stages.core.observe.progress import track
 from stages.core.stage import StageRun
 from stages.core.tensors import to_device
-from stages.core.training.devices import Devices, describe
+from stages.core.training.devices import Devices, describe, on_first
 from stages.core.training.optimizers import build_optimizer
 from stages.core.training.precision import resolve_precision
 from stages.core.training.prefetch import prefetched
@@ -137,7 +137,7 @@ class Trainer:
     def _judge(self) -> tuple[float, dict[str, float]]:
         with self.devices.whole():
             self.model.eval()
-            return self.devices.on_first(self.recipe.evaluate)
+            return on_first(self.recipe.evaluate)
 
     def _out_of_patience(self) -> bool:
         patience, position = self.recipe.patience, self.position

@@ -89,9 +89,9 @@ class PipelinePart(nn.Module):
 class Pipeline:
     """Runs micro-batches through the parts of a model."""
 
-    def __init__(self, part: PipelinePart, module: nn.Module, group: ProcessGroup, device: torch.device):
+    def __init__(self, part: PipelinePart, group: ProcessGroup, device: torch.device):
         self._part, self._group, self._device = part, group, device
-        self._module = _Plain(module)
+        self._module = _Plain(part)
 
     def add_gradients(
         self, tensors: Tensors, share: float, replicas: int, autocast: Callable[[], AbstractContextManager[Any]]
