@@ -295,6 +295,12 @@ class ParallelParams(Section):
         """How many processes train together."""
         return self.data * self.shards * self.tensor * self.pipeline
 
+    @model_validator(mode="after")
+    def _cut_one_way(self) -> Self:
+        if self.shards > 1 and self.pipeline > 1:
+            raise ValueError("shards and pipeline do not go together; take data or tensor with either")
+        return self
+
 
 class TrainingParams(Section):
     """The engine of every stage that trains."""

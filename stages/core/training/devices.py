@@ -114,7 +114,7 @@ class Devices:
     def add_gradients(self, loss: nn.Module, tensors: Tensors, share: float) -> float:
         """Add the gradients of a micro-batch that is so large a share of its batch; return its share of the loss."""
         if self._pipeline is not None:
-            return self._pipeline.add_gradients(tensors, share, self.replicas, self.accelerator.autocast)
+            return self._pipeline.add_gradients(tensors, share)
         with self.accelerator.autocast():
             value = loss(tensors) * share
         self.accelerator.backward(value * self.replicas)  # torch takes the mean over the replicas
@@ -130,8 +130,8 @@ class Devices:
 
     def clip(self, model: nn.Module, maximum: float) -> None:
         """Finish the gradients of a batch, and scale them down to a norm of at most `maximum` over all parameters."""
-        if self._tied is not None:
-            self._tied.add_gradients()
+        if self._pipeline is not None:
+            self._finish_pipeline(model)
         if self._cut is None:
             self.accelerator.clip_grad_norm_(model.parameters(), maximum)
             return
@@ -147,6 +147,15 @@ class Devices:
             torch.distributed.all_reduce(total, group=self._group("pipeline"))
         for group in groups.values():
             clip_grads_with_norm_(group, maximum, total.sqrt())
+
+    def _finish_pipeline(self, model: nn.Module) -> None:
+        """Add up what the copies of a pipeline, and both its ends, have of the gradients."""
+        if self._tied is not None:
+            self._tied.add_gradients()
+        gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+        if self.parallel.data > 1:
+            for gradient in gradients:
+                torch.distributed.all_reduce(gradient, group=self._group("data"))
 
     def total(self, value: float) -> float:
         """Add up what the processes have of a batch's loss."""
@@ -208,7 +217,7 @@ class Devices:
         return optimizer if self._cut is None else WholeOptimizer(optimizer, self._cut, self._merged)
 
     def _spread(self, loss: nn.Module, model: nn.Module, recipe: Recipe) -> nn.Module:
-        """Cut a copy of the model by tensor, pipeline and shards, in this order, and let it stand in for the model."""
+        """Cut a copy of the model by tensor, then by pipeline or shards, and let it stand in for the model."""
         sizes, mesh, device = self.parallel, cast(DeviceMesh, self.mesh), self.accelerator.device
         plan = tensor_plan(model, sizes.tensor) if sizes.tensor > 1 else {}
         if sizes.pipeline > 1:
@@ -221,20 +230,19 @@ class Devices:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._cut = Cut(model, parts, model.__dict__, _first_names(model), trained)
         model.__dict__ = parts.__dict__
-        root = loss
         if sizes.pipeline > 1:
             tied, group = _tied_names(model), _ends_of_pipelines(mesh)
-            root = part = PipelinePart(model, recipe, self._place, sizes.pipeline)
+            part = PipelinePart(model, recipe, self._place, sizes.pipeline, self.accelerator.autocast)
+            self._pipeline = Pipeline(part, self._group("pipeline"), device)
+            own = dict(model.named_parameters())
+            self._tied = next((Tied(own[name], group) for name in tied if name in own), None)
+            return part
         if self.replicas > 1:
             replicas = mesh["data", "shards"] if sizes.data > 1 else mesh["shards"]
             for block in _blocks(model):
                 fully_shard(block, mesh=replicas)
-            fully_shard(root, mesh=replicas)
-        if sizes.pipeline > 1:
-            self._pipeline = Pipeline(part, self._group("pipeline"), device)
-            own = dict(model.named_parameters())
-            self._tied = next((Tied(own[name], group) for name in tied if name in own), None)
-        return root
+            fully_shard(loss, mesh=replicas)
+        return loss
 
     def _group(self, axis: str) -> torch.distributed.ProcessGroup:
         return cast(DeviceMesh, self.mesh).get_group(axis)

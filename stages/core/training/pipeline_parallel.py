@@ -60,27 +60,39 @@ class _Later(nn.Module):
 class PipelinePart(nn.Module):
     """The layers of one process, with embeddings in the first and the head in the last, and the loss."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, index: int, count: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        index: int,
+        count: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ):
         super().__init__()
         self.model, self.index, self.count = model, index, count
         self.hidden = hidden_width(model)
         self.received = _Received()
         self.scale = 0.0
         """Weight of an example or token in the loss of the batch."""
-        self._recipe = recipe
+        self.recipe, self._autocast = recipe, autocast
         _keep_own(model, index, count, self.received)
 
     def forward(self, *received: Tensor, **tensors: Tensor) -> Tensor:
         """Hidden states for the next process, [texts, length, hidden], or in the last a micro-batch's loss, [1]."""
         if received:
             self.received.hidden = received[0]
-        if self.index == self.count - 1:
-            weight = self._recipe.weight(tensors)
-            # The mean over nothing is no number; the hidden states still need a gradient, of zero.
-            loss = self._recipe.loss(tensors) * (weight * self.scale) if weight else 0.0 * received[0].sum()
-            return loss.float().reshape(1)
+        with self._autocast():
+            return self._loss(received[0], tensors) if self.index == self.count - 1 else self._hidden(tensors)
+
+    def _loss(self, received: Tensor, tensors: Tensors) -> Tensor:
+        weight = self.recipe.weight(tensors)
+        # The mean over nothing is no number, but the hidden states still need a gradient: of zero.
+        loss = self.recipe.loss(tensors) * (weight * self.scale) if weight else 0.0 * received.sum()
+        return loss.float().reshape(1)
+
+    def _hidden(self, tensors: Tensors) -> Tensor:
         try:
-            self._recipe.loss(tensors)
+            self.recipe.loss(tensors)
         except _HandedOn as handed:
             return handed.hidden.float()
         raise RuntimeError("the loss did not call the model's layers")
@@ -91,39 +103,28 @@ class Pipeline:
 
     def __init__(self, part: PipelinePart, group: ProcessGroup, device: torch.device):
         self._part, self._group, self._device = part, group, device
-        self._module = _Plain(part)
 
-    def add_gradients(
-        self, tensors: Tensors, share: float, replicas: int, autocast: Callable[[], AbstractContextManager[Any]]
-    ) -> float:
-        """Add the gradients of rows that are so large a share of their batch.
+    def add_gradients(self, tensors: Tensors, share: float) -> float:
+        """Add the gradients of rows that are so large a share of their batch's weight.
 
-        Args:
-            tensors: the rows; the same in all processes of the pipeline.
-            share: of the batch's weight.
-            replicas: over so many groups of processes the gradients are averaged afterwards.
-            autocast: what the model runs under.
-
-        Returns:
-            their share of the batch's loss in the last process, 0 elsewhere.
+        All processes of the pipeline are given the same rows. The last one returns their share of the batch's loss, and
+        the others 0.
         """
         part, rows = self._part, len(next(iter(tensors.values())))
-        weight = part._recipe.weight(tensors)
-        part.scale = replicas * share / weight if weight else 0.0
-        self._module.autocast = autocast
+        part.scale = share / part.recipe.weight(tensors)
         count = min(rows, _PARTS_PER_PROCESS * part.count)
         even = rows - rows % count  # all micro-batches of a pass have the same shape
         value = self._pass({name: tensor[:even] for name, tensor in tensors.items()}, count)
         if even < rows:
             value += self._pass({name: tensor[even:] for name, tensor in tensors.items()}, 1)
-        return value / replicas
+        return value
 
     def _pass(self, tensors: Tensors, count: int) -> float:
         shape = next(tensor.shape for tensor in tensors.values() if tensor.ndim > 1)
         hidden = torch.empty(shape[0] // count, shape[1], self._part.hidden, device="meta", requires_grad=True)
         last = self._part.index == self._part.count - 1
         stage = PipelineStage(
-            self._module,
+            self._part,
             self._part.index,
             self._part.count,
             self._device,
@@ -137,22 +138,6 @@ class Pipeline:
         places = torch.zeros(count, device=self._device)  # there is nothing left to compare the loss with
         schedule.step(target=places, losses=losses, return_outputs=False, **tensors)
         return sum(float(loss.detach()) for loss in losses)
-
-
-class _Plain(nn.Module):
-    """Hides from the schedule that a module is sharded: its gradients are then reduced after every micro-batch."""
-
-    autocast: Callable[[], AbstractContextManager[Any]]
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *received: Tensor, **tensors: Tensor) -> Tensor:
-        """See `PipelinePart.forward`."""
-        with self.autocast():
-            output: Tensor = self.module(*received, **tensors)
-        return output
 
 
 def check_pipeline(model: nn.Module, count: int) -> None:
