@@ -45,7 +45,9 @@ def check_processes(parallel: ParallelParams | None) -> None:
     if parallel is None:
         raise UserError(f"WORLD_SIZE: {started} processes were started for what runs in one; start one")
     sizes = " x ".join(f"{axis} {size}" for axis, size in parallel.model_dump().items())
-    raise UserError(f"training.parallel: {started} processes were started where {sizes} asks for {asked}; start {asked}")
+    raise UserError(
+        f"training.parallel: {started} processes were started where {sizes} asks for {asked}; start {asked}"
+    )
 
 
 def launch(parallel: ParallelParams, module: str) -> int:
@@ -58,11 +60,13 @@ def launch(parallel: ParallelParams, module: str) -> int:
     Raises:
         UserError: if the processes cannot be shared evenly by the machines.
     """
-    from torch.distributed import run as torchrun  # data stages never import torch
+    from torch.distributed import run  # data stages never import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    count = _processes_here(parallel, torchrun.parse_args([module]).nnodes)
+    torchrun: Any = run
+    count = processes_here(parallel, torchrun.parse_args([module]).nnodes)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that looking for unused weights may be in vain
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _processors() // count)))
     # The processes say themselves what went wrong.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -75,13 +79,19 @@ def launch(parallel: ParallelParams, module: str) -> int:
     return 0
 
 
-def _processes_here(parallel: ParallelParams, machines: str) -> int:
-    if not machines.isdigit() or parallel.processes % int(machines):
+def processes_here(parallel: ParallelParams, machines: str) -> int:
+    """Count the processes that each of the machines starts.
+
+    Raises:
+        UserError: if they cannot be shared evenly, or the number of machines may vary.
+    """
+    fewest, _, most = machines.partition(":")
+    if (most or fewest) != fewest or not fewest.isdigit() or parallel.processes % max(1, int(fewest)):
         raise UserError(
             f"PET_NNODES: {parallel.processes} processes of training.parallel cannot be shared evenly by {machines} "
             "machines; name a number that divides them"
         )
-    return parallel.processes // int(machines)
+    return parallel.processes // max(1, int(fewest))
 
 
 def _processors() -> int:

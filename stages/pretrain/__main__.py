@@ -139,4 +139,9 @@ def _pretrain(run: StageRun, model: nn.Module, tokenizer: Any) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    command("pretrain", run_pretrain, inputs=("checkpoint", "tokenizer", "blocks"), parallel=("data", "shards", "tensor", "pipeline"))
+    command(
+        "pretrain",
+        run_pretrain,
+        inputs=("checkpoint", "tokenizer", "blocks"),
+        parallel=("data", "shards", "tensor", "pipeline"),
+    )

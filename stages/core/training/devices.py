@@ -58,7 +58,7 @@ class Devices:
         """
         self.parallel = parallel or _ONE
         check_processes(self.parallel)
-        _check_recipe(self.parallel, recipe, precision)
+        check_recipe(self.parallel, recipe, precision)
         _join()
         self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
         self.sizes = self.parallel.model_dump() if self.parallel.processes > 1 else {}
@@ -90,9 +90,7 @@ class Devices:
             return DistributedDataParallel(loss, ids, forward_sync_buffers=False, find_unused_parameters=True)
         return self._spread(loss, model, recipe)
 
-    def shares(
-        self, tensors: Tensors, parts: int, weight: Callable[[Tensors], float]
-    ) -> list[tuple[Tensors, float]]:
+    def shares(self, tensors: Tensors, parts: int, weight: Callable[[Tensors], float]) -> list[tuple[Tensors, float]]:
         """Cut this process's rows of a batch into micro-batches, and say how large a share of the batch each is.
 
         With others to keep step with, every process gets as many; one without rows or weight of its own computes
@@ -235,7 +233,7 @@ class Devices:
             part = PipelinePart(model, recipe, self._place, sizes.pipeline, self.accelerator.autocast)
             self._pipeline = Pipeline(part, self._group("pipeline"), device)
             own = dict(model.named_parameters())
-            self._tied = next((Tied(own[name], group) for name in tied if name in own), None)
+            self._tied = next((Tied(own[name], group) for name in tied if group and name in own), None)
             return part
         if self.replicas > 1:
             replicas = mesh["data", "shards"] if sizes.data > 1 else mesh["shards"]
@@ -303,7 +301,7 @@ class WholeOptimizer:
 
 @dataclass
 class Tied:
-    """A parameter that the first and the last process of a pipeline both have: the embeddings that are also the head."""
+    """What the first and the last process of a pipeline both have: the embeddings that are also the head."""
 
     weight: nn.Parameter
     group: torch.distributed.ProcessGroup
@@ -380,7 +378,7 @@ def _mesh(parallel: ParallelParams, device: torch.device) -> DeviceMesh | None:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """Layers of the longest stack: each is gathered for its own computation, and only then."""
     stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    longest = max(stacks, key=len, default=[])
+    longest: Sequence[nn.Module] = max(stacks, key=len, default=[])
     return [layer for layer in longest if next(layer.parameters(), None) is not None]
 
 
@@ -401,11 +399,17 @@ def _ends_of_pipelines(mesh: DeviceMesh) -> torch.distributed.ProcessGroup | Non
     """The group of the first and the last process of this process's pipeline; none to those between."""
     ranks = mesh.mesh.flatten(1)
     pairs = [[int(ranks[0, column]), int(ranks[-1, column])] for column in range(ranks.shape[1])]
-    group, _ = torch.distributed.new_subgroups_by_enumeration(pairs)
+    found: Any = torch.distributed.new_subgroups_by_enumeration(pairs)  # type: ignore[no-untyped-call]
+    group: torch.distributed.ProcessGroup | None = found[0]
     return group
 
 
-def _check_recipe(parallel: ParallelParams, recipe: Recipe, precision: str) -> None:
+def check_recipe(parallel: ParallelParams, recipe: Recipe, precision: str) -> None:
+    """Check that a recipe can be trained so.
+
+    Raises:
+        UserError: if not.
+    """
     computed_together = parallel.tensor * parallel.pipeline > 1
     if computed_together and not recipe.divisible:
         raise UserError(

@@ -181,8 +181,8 @@ class Trainer:
         if self.position.processes != self.devices.sizes:
             self.run.say(
                 f"{self.phase} was saved by {describe(self.position.processes)} and goes on with "
-                f"{describe(self.devices.sizes)}: the batches stay as they are, but sums run in another order and dropout "
-                "is drawn anew, so the weights will not be those of an unbroken run to the last bit"
+                f"{describe(self.devices.sizes)}: the batches stay as they are, but sums run in another order and "
+                "dropout is drawn anew, so the weights will not be those of an unbroken run to the last bit"
             )
             self.position.processes = self.devices.sizes
 

@@ -23,7 +23,7 @@ from stages.core.training.recipe import Recipe, Tensors
 _PARTS_PER_PROCESS = 2  # micro-batches in the pipeline; more leave less idle time and make smaller matrices
 
 
-class _HandedOn(Exception):
+class _HandedOn(Exception):  # noqa: N818  it is no error
     """The model has come to a layer that another process has."""
 
     def __init__(self, hidden: Tensor):
@@ -136,7 +136,7 @@ class Pipeline:
         schedule = kind(stage, count, loss_fn=lambda loss, _: loss.sum(), scale_grads=False)
         losses: list[Tensor] = []
         places = torch.zeros(count, device=self._device)  # there is nothing left to compare the loss with
-        schedule.step(target=places, losses=losses, return_outputs=False, **tensors)
+        schedule.step(target=places, losses=losses, return_outputs=False, **dict[str, Any](tensors))
         return sum(float(loss.detach()) for loss in losses)
 
 

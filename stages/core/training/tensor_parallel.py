@@ -41,7 +41,7 @@ def tensor_plan(model: nn.Module, processes: int) -> dict[str, ParallelStyle]:
     if not plan:
         config: Any = model.config
         raise UserError(
-            f"training.parallel.tensor: nothing is known of how to cut a {config.model_type}; set it to 1 and use shards"
+            f"training.parallel.tensor: no way is known to cut a {config.model_type}; set it to 1 and use shards"
         )
     return {name: _STYLES[style]() for name, style in plan.items()}
 

@@ -2,13 +2,16 @@
 
     python devices_worker.py OUT CASE...
 
-A case is a name of `CASES`. OUT gets a file for each process: CASE -> curves, logits of the first batch, weights.
+A case is a name of `CASES`, perhaps with `-again` or `-left` behind it, which give it a state of its own: it goes on
+from what lies in OUT/state/CASE. With `-stopped` at the very end it is interrupted half way. OUT gets a file for each
+process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +36,8 @@ OPTIMIZER = OptimizerParams(
     maximum_gradient_norm=0.5,
     precision="fp32",
 )
-SIZES = [8, 5, 1, 7, 6, 3, 8, 8]  # rows of each batch: uneven shares, and one row for two processes
+STOPPED_AFTER = 3
+SIZES = [8, 5, 1, 7, 6]  # rows of each batch: uneven shares, and one row for two processes
 CASES: dict[str, tuple[str, dict[str, int]]] = {
     f"{problem}-{name}": (problem, sizes)
     for problem in ("classify", "language")
@@ -51,10 +55,6 @@ CASES: dict[str, tuple[str, dict[str, int]]] = {
         "one": {},
     }.items()
 }
-
-
-class Stop(Exception):
-    """Ends a run as a kill would: after its last saved state."""
 
 
 class Problem:
@@ -81,7 +81,6 @@ class Problem:
         self.chosen = torch.rand(self.texts.shape, generator=generator) < 0.2
         self.chosen[::3] = False  # many rows have nothing to guess
         self.seen: list[list[float]] = []
-        self.stop_after: int | None = None
 
     def batches(self, index: int) -> list[list[int]]:
         """One batch a round, so that every step is a point of the curve."""
@@ -112,10 +111,10 @@ class Problem:
         del self.seen[seen:]
         return -loss, {"validation_loss": loss}
 
-    def fit(self, run: Any, parts: int = 1) -> dict[str, Any]:
-        recipe = Recipe(
+    def recipe(self) -> Recipe:
+        return Recipe(
             optimizer=OPTIMIZER,
-            rounds=len(SIZES) if self.stop_after is None else self.stop_after,
+            rounds=len(SIZES),
             batches=self.batches,
             prepare=self.prepare,
             loss=self.loss,
@@ -124,7 +123,10 @@ class Problem:
             divisible=True,
             keep_best=False,
         )
-        position = train(self.model, recipe, run, "fit")
+
+    def fit(self, run: Any) -> dict[str, Any]:
+        """Train, and tell what came of it."""
+        position = train(self.model, self.recipe(), run, "fit")
         rows = SIZES[0] if self.kind == "classify" else int(self.chosen[: SIZES[0]].sum())
         return {
             "train_loss": [row["train_loss"] for row in position.history],
@@ -136,29 +138,42 @@ class Problem:
         }
 
 
-def make_run(state: Path, sizes: dict[str, int]) -> Any:
-    """A stage's run without a stage."""
+def make_run(state: Path, sizes: dict[str, int], stopped: bool) -> Any:
+    """A stage's run without a stage; the last process is told to stop after a few steps, as by Ctrl-C."""
     axes = {"data": 1, "shards": 1, "tensor": 1, "pipeline": 1} | sizes
     training = TrainingParams(saves=SaveParams(seconds=60.0), parallel=ParallelParams(**axes) if sizes else None)
     said: list[str] = []
+
+    def log(step: int, **_: float) -> None:
+        if stopped and step == STOPPED_AFTER and os.environ.get("RANK", "0") == str(max(1, *axes.values()) - 1):
+            os.kill(os.getpid(), signal.SIGINT)
+
     return SimpleNamespace(
         name="test",
         state=state,
         params=SimpleNamespace(training=training),
         record=SimpleNamespace(log=lambda step, values: None),
-        log=lambda step, **values: None,
+        log=log,
         say=said.append,
         said=said,
     )
 
 
+def run_case(out: Path, name: str) -> dict[str, Any]:
+    """Run a case; one that is stopped has nothing to tell but that it was."""
+    case = name.removesuffix("-stopped")
+    kind, sizes = CASES[case.removesuffix("-again").removesuffix("-left")]
+    run = make_run(out / "state" / case, sizes, stopped=case != name)
+    try:
+        return Problem(kind).fit(run)
+    except KeyboardInterrupt:
+        return {"stopped": True}
+
+
 def main(out: Path, names: list[str]) -> None:
     """Run the cases one after the other and write this process's results."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    results = {}
-    for name in names:
-        kind, sizes = CASES[name]
-        results[name] = Problem(kind).fit(make_run(out / "state" / name, sizes))
+    results = {name: run_case(out, name) for name in names}
     (out / f"process{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
 
 
