@@ -68,8 +68,7 @@ def launch(parallel: ParallelParams, module: str) -> int:
     count = processes_here(parallel, torchrun.parse_args([module]).nnodes)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns that looking for unused weights may be in vain
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _processors() // count)))
-    # The processes say themselves what went wrong.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # the processes say themselves what went wrong
     try:
         torchrun.run(torchrun.parse_args([f"--nproc-per-node={count}", "--module", module, *sys.argv[1:]]))
     except ChildFailedError as error:

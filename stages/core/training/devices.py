@@ -378,7 +378,7 @@ def _mesh(parallel: ParallelParams, device: torch.device) -> DeviceMesh | None:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """Layers of the longest stack: each is gathered for its own computation, and only then."""
     stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    longest: Sequence[nn.Module] = max(stacks, key=len, default=[])
+    longest = max(stacks, key=len, default=nn.ModuleList())
     return [layer for layer in longest if next(layer.parameters(), None) is not None]
 
 
