@@ -3,8 +3,8 @@
     python devices_worker.py OUT CASE...
 
 A case is a name of `CASES`, perhaps with `-again` or `-left` behind it, which give it a state of its own: it goes on
-from what lies in OUT/state/CASE. With `-stopped` at the very end it is interrupted half way. OUT gets a file for each
-process.
+from what lies in OUT/state/CASE. With `-parts` it trains on micro-batches, and with `-stopped` at the very end it is
+interrupted half way. OUT gets a file for each process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from stages.core.masked_language import chosen_logits
 from stages.core.params import OptimizerParams, ParallelParams, SaveParams, ScheduleParams, TrainingParams
-from stages.core.training.loop import train
+from stages.core.training.loop import Trainer
 from stages.core.training.recipe import Batch, Recipe, Tensors
 
 OPTIMIZER = OptimizerParams(
@@ -124,9 +124,11 @@ class Problem:
             keep_best=False,
         )
 
-    def fit(self, run: Any) -> dict[str, Any]:
-        """Train, and tell what came of it."""
-        position = train(self.model, self.recipe(), run, "fit")
+    def fit(self, run: Any, parts: int) -> dict[str, Any]:
+        """Train with so many micro-batches a batch, and tell what came of it."""
+        trainer = Trainer(self.model, self.recipe(), run, "fit")
+        trainer.position.parts = parts
+        position = trainer.fit()
         rows = SIZES[0] if self.kind == "classify" else int(self.chosen[: SIZES[0]].sum())
         return {
             "train_loss": [row["train_loss"] for row in position.history],
@@ -162,10 +164,10 @@ def make_run(state: Path, sizes: dict[str, int], stopped: bool) -> Any:
 def run_case(out: Path, name: str) -> dict[str, Any]:
     """Run a case; one that is stopped has nothing to tell but that it was."""
     case = name.removesuffix("-stopped")
-    kind, sizes = CASES[case.removesuffix("-again").removesuffix("-left")]
+    kind, sizes = CASES["-".join(case.split("-")[:2])] if case not in CASES else CASES[case]
     run = make_run(out / "state" / case, sizes, stopped=case != name)
     try:
-        return Problem(kind).fit(run)
+        return Problem(kind).fit(run, parts=3 if case.endswith("-parts") else 1)
     except KeyboardInterrupt:
         return {"stopped": True}
 

@@ -38,6 +38,7 @@ KINDS: tuple[ParallelAxis, ...] = ("data", "shards", "tensor", "pipeline")
 TWO_COPIES = {"data": 2, "shards": 1, "tensor": 1, "pipeline": 1}
 TWO = [f"{problem}-{kind}" for problem in ("classify", "language") for kind in KINDS]
 MORE = [f"language-{kind}-{what}" for kind in KINDS for what in ("again", "left-stopped")]
+PARTS = [f"language-{kind}-parts" for kind in KINDS]
 
 
 def start(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +71,9 @@ def together(one_process: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("two")
     for kind in KINDS:
         shutil.copytree(one_process["state"], out / "state" / f"language-{kind}-again")
-    done = start("-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), str(out), *TWO, *MORE, folder=out)
+    done = start(
+        "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), str(out), *TWO, *MORE, *PARTS, folder=out
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -81,7 +84,7 @@ def two_processes(together: Path) -> list[dict[str, Any]]:
     return [json.loads((together / f"process{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize("case", [*TWO, *PARTS])
 def test_two_processes_give_the_curve_of_one(
     case: str, two_processes: list[dict[str, Any]], one_process: dict[str, Any]
 ) -> None:
