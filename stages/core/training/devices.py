@@ -38,7 +38,6 @@ from stages.core.training.recipe import Recipe, Tensors, split
 from stages.core.training.tensor_parallel import tensor_plan
 
 Found = TypeVar("Found")
-State = dict[str, Tensor]
 
 _ONE = ParallelParams(data=1, shards=1, tensor=1, pipeline=1)
 _AXES = ("pipeline", "data", "shards", "tensor")  # from those that talk least to those that talk most: neighbours
@@ -139,7 +138,10 @@ class Devices:
                 layout = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
                 groups[layout].append(parameter)
         counted_elsewhere = self._tied.weight if self._tied is not None and self._place else None
-        squares = [_square([p for p in group if p is not counted_elsewhere]) for group in groups.values()]
+        counted = [
+            [parameter for parameter in group if parameter is not counted_elsewhere] for group in groups.values()
+        ]
+        squares = [_square(group) for group in counted if group]
         total = torch.stack([torch.zeros((), device=self.accelerator.device), *squares]).sum()
         if self.parallel.pipeline > 1:
             torch.distributed.all_reduce(total, group=self._group("pipeline"))
