@@ -27,6 +27,7 @@ Number = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ExactVersion = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+!-]*$")]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ParallelAxis = Literal["data", "shards", "tensor", "pipeline"]
 _OWN_COLUMNS = ("text", "label", "input_ids")
 
 
@@ -353,11 +354,38 @@ class FaultParams(Section):
     """Learning rate after a way back, over that before."""
 
 
+class ParallelParams(Section):
+    """How one training run is spread over processes, one for each device; the four numbers multiply to their count."""
+
+    data: Number
+    """Copies of the model, each of which learns from its share of every batch (data parallel)."""
+    shards: Number
+    """Processes over which every copy is spread: each keeps so small a part of all weights, gradients and optimizer
+    state, gets the rest when it is needed, and learns from its share of the rows (FSDP, 2304.11277)."""
+    tensor: Number
+    """Processes that compute every layer together, each some of its heads and neurons (Megatron-LM, 1909.08053)."""
+    pipeline: Number
+    """Processes that have some of the layers each and hand hidden states on (GPipe, 1811.06965)."""
+
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return self.data * self.shards * self.tensor * self.pipeline
+
+    @model_validator(mode="after")
+    def _cut_one_way(self) -> Self:
+        if self.shards > 1 and self.pipeline > 1:
+            raise ValueError("shards and pipeline do not go together; take data or tensor with either")
+        return self
+
+
 class TrainingParams(Section):
     """The engine of every stage that trains."""
 
     saves: SaveParams
     faults: FaultParams
+    parallel: ParallelParams | None
+    """null: one process on one device."""
 
 
 class MaskingParams(Section):

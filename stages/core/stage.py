@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,16 +43,23 @@ from stages.core.artifacts import (
 )
 from stages.core.errors import UserError
 from stages.core.hardware import energy_joules, joules_between, peak_memory_mb
+from stages.core.launch import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    check_processes,
+    is_first_of_machine,
+    is_first_process,
+    launch,
+    process_count,
+)
 from stages.core.observe.progress import say
-from stages.core.observe.tracking import RunRecord
-from stages.core.params import Params, load_params
+from stages.core.observe.tracking import RunRecord, SilentRecord
+from stages.core.params import ParallelAxis, ParallelParams, Params, load_params
 
 PARAMS = Path("params.yaml")
 METRICS = "metrics.json"
 HISTORY = "history.csv"
 MEASURED = "measured.json"
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 _SPARE_DISK_BYTES = 256 * 2**20
 
@@ -86,8 +94,9 @@ class StageRun:
         self.record.log(step, values)
 
     def say(self, message: str) -> None:
-        """Tell people what is going on."""
-        say(f"{self.name}: {message}")
+        """Tell people what is going on, unless another process does."""
+        if is_first_process():
+            say(f"{self.name}: {message}")
 
 
 @contextmanager
@@ -129,12 +138,28 @@ def open_stage(
         record.finish(out)
 
 
+@contextmanager
+def join_stage(name: str, params: Params, inputs: Mapping[str, Path]) -> Iterator[StageRun]:
+    """Take part in a run of a stage that another process leads: what this one writes is dropped.
+
+    Raises:
+        UserError: if an input is missing or altered.
+    """
+    for folder in inputs.values():
+        verify(folder)
+    _seed(params.seed)
+    with tempfile.TemporaryDirectory(prefix="headroom-") as staging:
+        state = STATE / name / _state_key(name, params, inputs)
+        yield StageRun(name, params, inputs, Path(staging), state, SilentRecord())
+
+
 def command(
     name: str,
     body: Callable[[StageRun], dict[str, Any]],
     inputs: Sequence[str],
     variants: bool = False,
     optional: Sequence[str] = (),
+    parallel: Sequence[ParallelAxis] = (),
 ) -> None:
     """Run a room from its command line and exit: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted.
 
@@ -144,28 +169,41 @@ def command(
         inputs: roles of the input folders; each becomes an option, such as `--data`.
         variants: whether the stage is run for several models, told apart by `--variant`.
         optional: roles that the graph may leave out; the run then has no such input.
+        parallel: how the room's training may be spread over processes; nothing for a room that runs in one.
     """
     arguments = _parser(name, inputs, variants, optional).parse_args()
     given = {role: getattr(arguments, role) for role in (*inputs, *optional)}
     paths = {role: path for role, path in given.items() if path is not None}
     full_name = f"{arguments.stage}@{arguments.variant}" if variants else arguments.stage
-    sys.exit(_run_command(name, full_name, body, paths, arguments.out))
+    sys.exit(_run_command(name, full_name, body, paths, arguments.out, parallel))
 
 
 def _run_command(
-    name: str, full_name: str, body: Callable[[StageRun], dict[str, Any]], paths: Mapping[str, Path], out: Path
+    name: str,
+    full_name: str,
+    body: Callable[[StageRun], dict[str, Any]],
+    paths: Mapping[str, Path],
+    out: Path,
+    parallel: Sequence[ParallelAxis],
 ) -> int:
     # Ctrl-C and a polite kill end alike: the training loop saves its state, everything else just stops.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with open_stage(full_name, load_params(PARAMS), paths, out, section=name) as run:
+        params = load_params(PARAMS)
+        wanted = _to_launch(params, parallel)
+        if wanted is not None:
+            return launch(wanted, f"stages.{name}")
+        leads = is_first_process()
+        stage = open_stage(full_name, params, paths, out, name) if leads else join_stage(full_name, params, paths)
+        with stage as run:
             _run_body(run, body)
     except UserError as error:
-        for line in str(error).splitlines():
+        for line in str(error).splitlines() if is_first_of_machine() else ():
             say(f"{full_name}: {line}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        say(f"{full_name}: interrupted; the next run goes on from here")
+        if is_first_process():
+            say(f"{full_name}: interrupted; the next run goes on from here")
         return EXIT_INTERRUPTED
     except Exception as error:  # whatever it is, it goes on up unless the disk is full
         if not tells_full_disk(error):
@@ -173,6 +211,25 @@ def _run_command(
         say(f"{full_name}: the disk of {Path.cwd()} is full; free some space and run again, nothing was lost")
         return EXIT_USER_ERROR
     return 0
+
+
+def _to_launch(params: Params, allowed: Sequence[ParallelAxis]) -> ParallelParams | None:
+    """Name the processes that this one is to start; None where they run already, or this one is enough.
+
+    Raises:
+        UserError: if the room cannot be spread so, or another number of processes runs.
+    """
+    wanted = params.training.parallel
+    if not allowed or wanted is None or wanted.processes == 1:
+        check_processes(None)
+        return None
+    for axis, size in wanted.model_dump().items():
+        if size > 1 and axis not in allowed:
+            raise UserError(f"training.parallel.{axis}: this stage knows {' and '.join(allowed)} alone; set it to 1")
+    if process_count() is None:
+        return wanted
+    check_processes(wanted)
+    return None
 
 
 def _run_body(run: StageRun, body: Callable[[StageRun], dict[str, Any]]) -> None:
@@ -278,11 +335,12 @@ def _seed(seed: int) -> None:
 
 def _state_key(name: str, params: Params, inputs: Mapping[str, Path]) -> str:
     """Name everything that decides a result: inputs, params and the checkpoints they name, and code; resume state of
-    anything else is stale. How often states are saved may change between a run and its resumption.
+    anything else is stale. How often states are saved, and by how many processes,
+    may change between a run and its resumption.
     """
+    values = params.model_dump_json(exclude={"tracking": True, "training": {"saves", "parallel"}})
     code = [file_sha256(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     sums = [file_sha256(folder / MANIFEST) for folder in inputs.values()]
     folders = params.distill.checkpoints().values()
     named = [file_sha256(path) for folder in folders for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-    values = params.model_dump_json(exclude={"tracking": True, "training": {"saves"}})
     return text_sha256("\n".join([name, values, *sums, *named, *code]))[:16]

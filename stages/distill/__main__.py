@@ -35,4 +35,4 @@ def run_distill(run: StageRun) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("distill", run_distill, inputs=("teacher", "data", "corpus", "language_model"))
+    command("distill", run_distill, inputs=("teacher", "data", "corpus", "language_model"), parallel=("data", "shards"))

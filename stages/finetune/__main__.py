@@ -144,6 +144,8 @@ def _fit(
         ).__getitem__,
         adversary=build_adversary(model, params.adversarial, pad_id),
         after_step=tuning.after_step,
+        # R-Drop and mixup call the model in ways of their own, and penalties look at its weights.
+        divisible=not params.r_drop and not params.mixup and params.efficient is None,
     )
     position = train(model, recipe, run, phase)
     tuning.finish()
@@ -152,4 +154,10 @@ def _fit(
 
 
 if __name__ == "__main__":
-    command("finetune", run_finetune, inputs=("model", "data", "corpus"), optional=("lexicon",))
+    command(
+        "finetune",
+        run_finetune,
+        inputs=("model", "data", "corpus"),
+        optional=("lexicon",),
+        parallel=("data", "shards", "tensor", "pipeline"),
+    )

@@ -106,6 +106,7 @@ def _pretrain(run: StageRun, pretraining: Pretraining) -> dict[str, Any]:
         weight=objective.weight,
         evaluate=pretraining.evaluate,
         keep_best=False,
+        divisible=run.params.pretrain.objective.kind in ("masked", "causal"),
     )
     train(objective.model, recipe, run, "pretrain")
     _, after = pretraining.evaluate()
@@ -113,4 +114,9 @@ def _pretrain(run: StageRun, pretraining: Pretraining) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command("pretrain", run_pretrain, inputs=("checkpoint", "tokenizer", "blocks"))
+    command(
+        "pretrain",
+        run_pretrain,
+        inputs=("checkpoint", "tokenizer", "blocks"),
+        parallel=("data", "shards", "tensor", "pipeline"),
+    )

@@ -219,4 +219,4 @@ def _of_what_is_left(sparsity: float, index: int, rounds: int) -> float:
 
 
 if __name__ == "__main__":
-    command("prune", run_prune, inputs=("model", "teacher", "data", "corpus", "table"))
+    command("prune", run_prune, inputs=("model", "teacher", "data", "corpus", "table"), parallel=("data", "shards"))

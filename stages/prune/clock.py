@@ -17,6 +17,7 @@ from stages.core.quantized import ActivationRange, QuantizedEmbedding, Quantized
 from stages.core.runtimes import ONNX_FILE, Batch, Goal, Runtime
 from stages.core.structure import quantizable_linears
 from stages.core.timing import ratios
+from stages.core.training.devices import on_first
 
 Clock = Callable[[nn.Module], float]
 """Measured speedup of a model over the stage's input."""
@@ -49,7 +50,10 @@ def deployment_clock(
         reference = deploy(parent)
 
         def speedup(model: nn.Module) -> float:
-            speeds = texts_a_second({"parent": reference, "candidate": deploy(model)}, batches, goal, _ROUNDS, seed)
+            candidate = deploy(model)
+            speeds = on_first(
+                lambda: texts_a_second({"parent": reference, "candidate": candidate}, batches, goal, _ROUNDS, seed)
+            )
             return ratios(speeds["candidate"], speeds["parent"])["median"]
 
         yield speedup

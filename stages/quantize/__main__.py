@@ -78,4 +78,4 @@ def _tell_of_saturation(run: StageRun) -> None:
 
 
 if __name__ == "__main__":
-    command("quantize", run_quantize, inputs=("model", "data"))
+    command("quantize", run_quantize, inputs=("model", "data"), parallel=("data", "shards"))

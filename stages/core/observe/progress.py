@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from stages.core.launch import is_first_process
+
 Item = TypeVar("Item")
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -19,10 +21,12 @@ def say(message: str) -> None:
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items and show how far along they are."""
+    """Yield the items and show how far along they are, unless another process does."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if sys.stderr.isatty():
+    if not is_first_process():
+        yield from items
+    elif sys.stderr.isatty():
         yield from tqdm(items, desc=description, total=total, leave=False)
     else:
         yield from _plain(items, description, total)

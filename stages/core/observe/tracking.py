@@ -116,6 +116,16 @@ class RunRecord:
         self._thread.join(_SECONDS_TO_WAIT_WHEN_INTERRUPTED if interrupted else _SECONDS_TO_WAIT_AT_THE_END)
 
 
+class SilentRecord(RunRecord):
+    """Of a process that takes part in a run whose record another one keeps."""
+
+    def __init__(self) -> None:
+        self._metrics = {}
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Leave it to the other process."""
+
+
 def open_execution(params: Params) -> str:
     """Return the id of the execution this process belongs to, and record the execution if it is new."""
     execution = os.environ.get(EXECUTION_VARIABLE) or _execution_of_process()

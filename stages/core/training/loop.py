@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from stages.core.observe.progress import track
 from stages.core.stage import StageRun
 from stages.core.tensors import to_device
 from stages.core.training.averaging import WeightAverage
+from stages.core.training.devices import Devices, describe, on_first
 from stages.core.training.faults import (
     Step,
     after_rollback,
@@ -31,11 +32,11 @@ from stages.core.training.faults import (
 from stages.core.training.generators import Generators
 from stages.core.training.memory import halve_micro_batches, is_out_of_memory
 from stages.core.training.optimizers import build_optimizer
-from stages.core.training.precision import autocast, build_accelerator, clip_gradients, resolve_precision
+from stages.core.training.precision import resolve_precision
 from stages.core.training.prefetch import prefetched
 from stages.core.training.recipe import Batch, Position, Recipe, Tensors
 from stages.core.training.schedules import rate_share
-from stages.core.training.state import SavedStates, Stateful
+from stages.core.training.state import Saved, SavedStates, Stateful
 
 _STEPS_BETWEEN_LIVE_POINTS = 10
 
@@ -58,25 +59,16 @@ class Trainer:
 
     def __init__(self, model: nn.Module, recipe: Recipe, run: StageRun, phase: str):
         self.model, self.recipe, self.run, self.phase = model, recipe, run, phase
-        self.precision = resolve_precision(recipe.optimizer.precision)
-        self.accelerator = build_accelerator(self.precision)
-        self.model.to(self.accelerator.device)
-        self.loss = LossModule(model, recipe)
+        self.devices = Devices(run.params.training.parallel, recipe, resolve_precision(recipe.optimizer.precision))
+        self.scaler = self.devices.accelerator.scaler
+        self.loss = self.devices.place(LossModule(model, recipe), model, recipe)
         self.steps = sum(len(recipe.batches(index)) for index in range(recipe.rounds))
         self.optimizer = build_optimizer(model, recipe.optimizer, recipe.learning_rate_scale)
         self.average = WeightAverage(model, recipe.optimizer.averaging)
-        self.position = Position()
+        self.position = Position(processes=self.devices.sizes)
         self.best: dict[str, Tensor] = {}
         self.generators = Generators()
-        parts: dict[str, Stateful] = {
-            "model": model,
-            "optimizer": self.optimizer,
-            "scaler": self.accelerator.scaler,
-            "average": self.average,
-            "generators": self.generators,
-        }
-        world = {"world_size": self.accelerator.num_processes, "batch_tokens": recipe.optimizer.batch_tokens}
-        self.states = SavedStates(run.state / phase, parts, run.params.training.saves.keep, world, self._say)
+        self.states = SavedStates(run.state / phase, run.params.training.saves.keep, self._say)
         self._saved_at = time.monotonic()
 
     def fit(self) -> Position:
@@ -86,6 +78,7 @@ class Trainer:
             self._fit()
         finally:
             self.states.wait()  # whatever ends the training, what was saved is safe on disk
+        self.devices.leave()
         self.average.apply()
         if self.recipe.keep_best and self.best:
             self.model.load_state_dict(self.best)
@@ -131,13 +124,13 @@ class Trainer:
     def _step(self, tensors: Tensors, batch: Batch) -> None:
         position, params = self.position, self.run.params.training.faults
         self._set_learning_rate()
+        self.devices.seed(position.step)
         value = self._gradients(tensors)
-        maximum_norm, scaler = self.recipe.optimizer.maximum_gradient_norm, self.accelerator.scaler
-        norm = clip_gradients(self.accelerator, self.optimizer, self.model.parameters(), maximum_norm)
+        norm = self.devices.clip(self.model, self.optimizer, self.recipe.optimizer.maximum_gradient_norm)
         step = Step(value, norm)
-        fault = find_fault(step, position.faults, params, scaler.is_enabled())
+        fault = find_fault(step, position.faults, params, self.scaler.is_enabled())
         if fault is None:
-            scaler.step(self.optimizer)
+            self.scaler.step(self.optimizer)
             remember_good_step(position.faults, value, params.window)
             self.average.update(position.step + 1)
             if self.recipe.after_step is not None:
@@ -148,7 +141,7 @@ class Trainer:
                 self.run.record.log(position.step + 1, {f"{self.phase}_batch_loss": value})
         else:
             self._skip(fault, step, tensors, batch)
-        scaler.update()
+        self.scaler.update()
         position.step += 1
 
     def _skip(self, fault: str, step: Step, tensors: Tensors, batch: Batch) -> None:
@@ -170,7 +163,7 @@ class Trainer:
         The state is saved again at once, so that a killed run remembers why it is there.
         """
         failed, factor = self.position, self.run.params.training.faults.rate_factor
-        saved = self.states.restore(lambda position: is_good_state(position, failed.faults)) or self.states.restore()
+        saved = self._go_back(lambda position: is_good_state(position, failed.faults)) or self._go_back()
         if saved is not None:
             self.best = saved.best
         self.position = after_rollback(failed if saved is None else saved.position, failed, factor)
@@ -201,30 +194,24 @@ class Trainer:
 
     def _add_gradients(self, tensors: Tensors) -> float:
         """Add the gradients of a batch, one micro-batch after the other, and return its mean loss."""
-        parts = split(tensors, self.position.parts)
-        weights = [self.recipe.weight(part) for part in parts]
-        total = sum(weights)
-        return sum(
-            self._add_part(to_device(part, self.model), weight / total)
-            for part, weight in zip(parts, weights, strict=True)
-            if weight
-        )
+        shares = self.devices.shares(tensors, self.position.parts, self.recipe.weight)
+        value = 0.0
+        for left, (part, share) in zip(reversed(range(len(shares))), shares, strict=True):
+            with self.devices.waiting(self.loss, left > 0 and self.recipe.adversary is None):
+                value += self._add_part(to_device(part, self.model), share)
+        return self.devices.total(value)
 
     def _add_part(self, tensors: Tensors, share: float) -> float:
         """Add the gradients of a micro-batch that is so large a share of its batch; return its share of the loss."""
 
         def backward(factor: float) -> float:
-            with autocast(self.precision, self.accelerator.device.type):
-                loss = self.loss(tensors) * (share * factor)
-            self.accelerator.backward(loss)  # scales it in fp16
-            return float(loss.detach())
+            return self.devices.add_gradients(self.loss, tensors, share * factor)
 
         return backward(1.0) if self.recipe.adversary is None else self.recipe.adversary(backward)
 
     def _evaluate(self) -> None:
         position = self.position
-        self.model.eval()
-        score, values = self.recipe.evaluate()
+        score, values = self._judge()
         row = {
             "epoch": float(position.round + 1),
             "train_loss": position.loss_sum / max(position.loss_count, 1),
@@ -238,9 +225,15 @@ class Trainer:
         if position.best_score is None or score > position.best_score:
             position.best_score, position.best_round = score, position.round
             if self.recipe.keep_best:
-                self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+                with self.devices.whole():
+                    self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         position.round, position.batch = position.round + 1, 0
         position.loss_sum, position.loss_count = 0.0, 0
+
+    def _judge(self) -> tuple[float, dict[str, float]]:
+        with self.devices.whole():
+            self.model.eval()
+            return on_first(self.recipe.evaluate)
 
     def _out_of_patience(self) -> bool:
         patience, position = self.recipe.patience, self.position
@@ -261,17 +254,38 @@ class Trainer:
         saves = self.run.params.training.saves
         by_clock = time.monotonic() - self._saved_at > saves.seconds
         by_steps = saves.steps is not None and self.position.step % saves.steps == 0
-        if interrupted.is_set() or by_clock or by_steps:
+        stop, save = self.devices.any(interrupted.is_set(), by_clock or by_steps)
+        if stop or save:
             self._save()
-        if interrupted.is_set():
+        if stop:
             raise KeyboardInterrupt
 
     def _save(self) -> None:
-        self.states.save(self.position, self.best)
+        with self.devices.whole():
+            parts = self._parts()
+            if self.devices.first:
+                self.states.save(self.position, self.best, parts)
         self._saved_at = time.monotonic()
 
+    def _parts(self) -> dict[str, Stateful]:
+        """What is saved, by name; all processes must come here, with the model whole."""
+        return {
+            "model": self.model,
+            "optimizer": self.devices.optimizer(self.optimizer),
+            "scaler": self.scaler,
+            "average": self.average,
+            "generators": self.generators,
+        }
+
+    def _go_back(self, usable: Callable[[Position], bool] = lambda position: True) -> Saved | None:
+        """Bring everything back to the newest saved state that is usable."""
+        self.states.wait()
+        self.devices.meet()  # the first process has written what all read
+        with self.devices.whole(changed=True):
+            return self.states.restore(self._parts(), usable)
+
     def _restore(self) -> None:
-        saved, processes = self.states.restore(), self.accelerator.num_processes
+        saved = self._go_back()
         if saved is None:
             self._save()  # so that there is always a way back
             return
@@ -279,11 +293,13 @@ class Trainer:
         for row in self.position.history:
             self.run.log(int(row["step"]), **{name: value for name, value in row.items() if name != "step"})
         self._say(f"goes on from step {self.position.step}")
-        if saved.world_size != processes:
+        if self.position.processes != self.devices.sizes:
             self._say(
-                f"was saved by {saved.world_size} processes and goes on with {processes}: the batches stay the same, "
-                "but dropout draws and the order of sums do not, so the weights are no longer the same bit for bit"
+                f"was saved by {describe(self.position.processes)} and goes on with {describe(self.devices.sizes)}: "
+                "the batches stay as they are, but sums run in another order and dropout is drawn anew, so the weights "
+                "will not be those of an unbroken run to the last bit"
             )
+            self.position.processes = self.devices.sizes
 
     def _say(self, message: str) -> None:
         self.run.say(f"{self.phase} {message}")
@@ -306,12 +322,6 @@ def train(model: nn.Module, recipe: Recipe, run: StageRun, phase: str) -> Positi
         UserError: if steps stay bad after every skip and way back, or one example is too large for the memory.
     """
     return Trainer(model, recipe, run, phase).fit()
-
-
-def split(tensors: Tensors, parts: int) -> list[Tensors]:
-    """Cut a batch into micro-batches of nearly equal numbers of examples."""
-    cut = {name: tensor.tensor_split(parts) for name, tensor in tensors.items()}
-    return [dict(zip(cut, part, strict=True)) for part in zip(*cut.values(), strict=True)]
 
 
 @contextmanager

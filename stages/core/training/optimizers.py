@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pytorch_optimizer import AdaBelief, Lion
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stages.core.errors import UserError
 from stages.core.params import OptimizerParams
@@ -48,13 +49,15 @@ def grouped(
 ) -> list[Group]:
     """Group parameters by their share of the learning rate and their decay, in order of appearance.
 
-    Biases and norms are not decayed, as in BERT's own optimizer.
+    Biases and norms are not decayed, as in BERT's own optimizer. A group is stepped as one, so what is sharded in some
+    way is not in one with what is not.
     """
-    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[tuple[float, float, Any], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named:
-        key = (scale(name), weight_decay if parameter.ndim > 1 else 0.0)
+        layout = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+        key = (scale(name), weight_decay if parameter.ndim > 1 else 0.0, layout)
         groups.setdefault(key, []).append((name, parameter))
-    return [{"params": pairs, "scale": share, "weight_decay": decay} for (share, decay), pairs in groups.items()]
+    return [{"params": pairs, "scale": share, "weight_decay": decay} for (share, decay, _), pairs in groups.items()]
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:

@@ -16,6 +16,12 @@ Tensors = Mapping[str, Tensor]
 """A batch, ready for the loss: the first dimension of every tensor counts the same examples."""
 
 
+def split(tensors: Tensors, parts: int) -> list[Tensors]:
+    """Cut a batch into parts of nearly equal numbers of examples."""
+    cut = {name: tensor.tensor_split(parts) for name, tensor in tensors.items()}
+    return [dict(zip(cut, part, strict=True)) for part in zip(*cut.values(), strict=True)]
+
+
 def count_examples(tensors: Tensors) -> float:
     """Count the examples of a batch."""
     return float(len(next(iter(tensors.values()))))
@@ -51,6 +57,8 @@ class Recipe:
     """
     after_step: Callable[[int], None] | None = None
     """Called after each step with the number of steps taken; the gradients are still there."""
+    divisible: bool = False
+    """Whether `loss` calls the model once and looks at its answer alone, so that processes may compute parts of it."""
 
 
 @dataclass
@@ -81,6 +89,8 @@ class Position:
     step: int = 0
     parts: int = 1
     """Into how many micro-batches every batch is cut."""
+    processes: dict[str, int] = field(default_factory=dict)
+    """Over how many processes the run is spread, by `training.parallel`'s names."""
     loss_sum: float = 0.0
     loss_count: int = 0
     best_score: float | None = None

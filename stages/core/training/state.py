@@ -44,36 +44,26 @@ class Saved:
     position: Position
     best: dict[str, Tensor]
     """Weights of the best round so far."""
-    world_size: int
-    """Processes that made it."""
 
 
 class SavedStates:
     """The last saved states of one training run, in a folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        parts: Mapping[str, Stateful],
-        keep: int,
-        world: Mapping[str, int],
-        say: Callable[[str], None],
-    ):
-        """Args are the folder, what is saved by name, how many states stay, who makes them, and how to tell people."""
-        self._folder, self._parts, self._keep, self._world, self._say = folder, parts, keep, world, say
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]):
+        """Args are the folder, how many states stay, and how to tell people."""
+        self._folder, self._keep, self._say = folder, keep, say
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._writing: Future[None] | None = None
         self._disk_was_full = False
 
-    def save(self, position: Position, best: Mapping[str, Tensor]) -> None:
+    def save(self, position: Position, best: Mapping[str, Tensor], parts: Mapping[str, Stateful]) -> None:
         """Copy the state now and write it in another thread; a save that is still being written is waited for.
 
         A full disk is said once and is no error: the states saved before stand, and the next save tries again.
         """
         self.wait()
-        parts = {name: part.state_dict() for name, part in self._parts.items()}
-        copies = _Copies()
-        values = copies.take_apart({"position": asdict(position), "best": best, "world": self._world, **parts})
+        copies, states = _Copies(), {name: part.state_dict() for name, part in parts.items()}
+        values = copies.take_apart({"position": asdict(position), "best": best, **states})
         self._writing = self._writer.submit(self._write, values, copies.tensors)
 
     def wait(self) -> None:
@@ -86,7 +76,9 @@ class SavedStates:
         if writing is not None:
             writing.result()
 
-    def restore(self, usable: Callable[[Position], bool] = lambda position: True) -> Saved | None:
+    def restore(
+        self, parts: Mapping[str, Stateful], usable: Callable[[Position], bool] = lambda position: True
+    ) -> Saved | None:
         """Bring the parts back to the newest whole state whose position is usable.
 
         Returns:
@@ -99,9 +91,9 @@ class SavedStates:
                 continue
             position = Position(**{**state["position"], "faults": Faults(**state["position"]["faults"])})
             if usable(position):
-                for name, part in self._parts.items():
+                for name, part in parts.items():
                     part.load_state_dict(state[name])
-                return Saved(position, state["best"], state["world"]["world_size"])
+                return Saved(position, state["best"])
         return None
 
     def _read(self, folder: Path) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ def test_interrupted_and_resumed(kind: str, precision: str, averaging: float | N
     assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
     assert resumed.model.head.weight is resumed.model.embedding.weight
     if precision == "fp16":  # the scale that the overflow halved has come along
-        scaler = resumed.trainer.accelerator.scaler.state_dict()
+        scaler = resumed.trainer.scaler.state_dict()
         assert scaler["scale"] == 65536.0 / 2
         assert scaler["_growth_tracker"] == ROUNDS * TEXTS // BATCH - OVERFLOW_AT
 

@@ -27,7 +27,7 @@ KILLS = 10
 MOST_STEPS_BETWEEN_KILLS = 6
 INPUTS = {
     "pretrain": ("checkpoint", "tokenizer", "blocks"),
-    "finetune": ("model", "data"),
+    "finetune": ("model", "data", "corpus"),
     "distill": ("teacher", "data", "corpus", "language_model"),
 }
 
@@ -37,7 +37,7 @@ def _params() -> dict[str, Any]:
     raw = copy.deepcopy(TINY)
     raw["pretrain"] |= {"steps": 78, "evaluations": 3}
     raw["pretrain"]["optimizer"]["batch_tokens"] = 64
-    raw["finetune"] |= {"epochs": 7, "patience": 7, "adversarial_epsilon": 0.5}
+    raw["finetune"] |= {"epochs": 7, "patience": 7, "adversarial": {"kind": "fgm", "epsilon": 0.5}}
     raw["finetune"]["optimizer"]["batch_tokens"] = 64
     raw["distill"] |= {"epochs": 4, "weights": {**raw["distill"]["weights"], "hidden": 0.5, "relations": 1.0}}
     raw["distill"] |= {"student": {"kind": "layers", "layers": [0, 1]}, "relations": {"layer": 1, "heads": 4}}
@@ -144,7 +144,7 @@ def test_killed_ten_times_and_stopped_once_it_ends_with_the_same_weights(
 ) -> None:
     untouched = _folder(tmp_path / "untouched", {"seconds": 60.0, "steps": None, "keep": 1})
     killed = _folder(tmp_path / "killed", {"seconds": 60.0, "steps": 2, "keep": 2})
-    assert _run(untouched, stage, inputs) == 0
+    assert _run(untouched, stage, inputs) == 0, (untouched / "log.txt").read_text()
     generator = random.Random(f"{stage} kills")
     for seed in range(KILLS):
         kind = generator.choice(["step", "moment", "save"])

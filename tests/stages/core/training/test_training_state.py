@@ -128,9 +128,8 @@ def test_another_number_of_processes_is_said(tmp_path: Path) -> None:
         dying.fit(FakeRun(tmp_path, EVERY_STEP))
     newest = _states(tmp_path)[-1]
     written = read_json(newest / "state.json")
-    world = next(pair for pair in written["pairs"] if pair[0] == "world")
-    assert world[1]["pairs"] == [["world_size", 1], ["batch_tokens", 4]]
-    world[1]["pairs"][0][1] = 2
+    position = dict(next(pair for pair in written["pairs"] if pair[0] == "position")[1]["pairs"])
+    position["processes"]["pairs"].append(["data", 2])
     write_json(newest / "state.json", written)
     write_manifest(newest)
     run, again = FakeRun(tmp_path, EVERY_STEP), Problem()
@@ -138,8 +137,8 @@ def test_another_number_of_processes_is_said(tmp_path: Path) -> None:
     assert again.calls == 25
     assert run.said == [
         "fit goes on from step 5",
-        "fit was saved by 2 processes and goes on with 1: the batches stay the same, but dropout draws and the order "
-        "of sums do not, so the weights are no longer the same bit for bit",
+        "fit was saved by data 2 and goes on with one process: the batches stay as they are, but sums run in another "
+        "order and dropout is drawn anew, so the weights will not be those of an unbroken run to the last bit",
     ]
 
 
@@ -164,11 +163,11 @@ def test_every_kind_of_value_comes_back_as_it_was(tmp_path: Path) -> None:
         "scale": float("inf"),
     }
     part = Odd(state)
-    states = SavedStates(tmp_path, {"part": part}, 1, {"world_size": 1}, print)
+    states, parts = SavedStates(tmp_path, 1, print), {"part": part}
     position = Position(step=5, history=[{"loss": 0.1}], faults=Faults(recent=[1 / 3], bad_batches=[[0, 1]]))
-    states.save(position, {"weight": torch.tensor([1.0])})
+    states.save(position, {"weight": torch.tensor([1.0])}, parts)
     part.state = {}
-    saved = states.restore()
+    saved = states.restore(parts)
     assert saved is not None
     assert saved.position == position
     assert saved.best["weight"].tolist() == [1.0]
@@ -182,7 +181,7 @@ def test_every_kind_of_value_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_state_is_that_of_the_moment_of_its_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights change while the state is still being written."""
     model = nn.Linear(2, 2)
-    states = SavedStates(tmp_path, {"model": model}, 1, {"world_size": 1}, print)
+    states, parts = SavedStates(tmp_path, 1, print), {"model": model}
     before = model.weight.detach().clone()
 
     def slow(draft: Path, target: Path) -> None:
@@ -191,18 +190,18 @@ def test_a_state_is_that_of_the_moment_of_its_save(tmp_path: Path, monkeypatch: 
         publish(draft, target)
 
     monkeypatch.setattr(state_module, "publish", slow)
-    states.save(Position(), {})
+    states.save(Position(), {}, parts)
     states.wait()
     assert not model.weight.any()
-    states.restore()
+    states.restore(parts)
     assert torch.equal(model.weight, before)
 
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     model = nn.ModuleDict({"one": nn.Linear(100, 100, bias=False), "other": nn.Linear(100, 100, bias=False)})
     model["other"].weight = model["one"].weight
-    states = SavedStates(tmp_path, {"model": model}, 1, {"world_size": 1}, print)
-    states.save(Position(), {})
+    states, parts = SavedStates(tmp_path, 1, print), {"model": model}
+    states.save(Position(), {}, parts)
     states.wait()
     assert next(tmp_path.glob("*/state.safetensors")).stat().st_size < 1.5 * 40_000
 
@@ -217,12 +216,12 @@ def test_nothing_holds_on_to_the_copies_of_a_written_state(tmp_path: Path, monke
         real(folder, values, tensors)
 
     monkeypatch.setattr(state_module, "_write_files", write)
-    states = SavedStates(tmp_path, {"model": nn.Linear(2, 2)}, 1, {"world_size": 1}, print)
+    states, parts = SavedStates(tmp_path, 1, print), {"model": nn.Linear(2, 2)}
     gc.disable()
     try:
-        states.save(Position(), {})
+        states.save(Position(), {}, parts)
         states.wait()
-        states.save(Position(), {})  # the writer lets go of its last work when it gets the next
+        states.save(Position(), {}, parts)  # the writer lets go of its last work when it gets the next
         states.wait()
         assert len(copies) == 4
         assert [copy() for copy in copies[:2]] == [None, None]
