@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stages.core.errors import UserError
 
 
-def chosen_logits(model: Any, seen: Tensor, chosen: Tensor, mask: Tensor | None = None) -> Tensor:
+def chosen_logits(model: Any, seen: Tensor, chosen: Tensor, **inputs: Tensor) -> Tensor:
     """Logits [chosen, vocabulary] at the chosen positions only; the head is by far the dearest part.
 
     Args:
         model: a transformers model with a masked-language head.
         seen: token ids, [texts, length].
         chosen: where the model must guess, bool [texts, length].
-        mask: attention mask, [texts, length]; None where nothing is padded.
+        inputs: further arguments of the model's body, such as `attention_mask` where something is padded.
 
     Raises:
         UserError: if the family's head is not known.
     """
     body = getattr(model, model.base_model_prefix)
-    mask = torch.ones_like(seen) if mask is None else mask
-    hidden = body(input_ids=seen, attention_mask=mask).last_hidden_state
+    hidden = body(input_ids=seen, **inputs).last_hidden_state
     logits: Tensor = _head(model)(hidden[chosen])
     return logits
 

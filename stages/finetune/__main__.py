@@ -44,6 +44,7 @@ def run_finetune(run: StageRun) -> dict[str, Any]:
         loss=loss,
         evaluate=lambda: judge(model, task, metric, validation, pad_id),
         patience=params.patience,
+        tokens={token for row in examples.input_ids for token in row},
         learning_rate_scale=partial(layer_scale, layers=model.config.num_hidden_layers, decay=params.layer_decay),
         adversary=partial(add_adversarial_gradients, model, params.adversarial_epsilon)
         if params.adversarial_epsilon

@@ -16,6 +16,7 @@ from stages.core.checkpoints import count_parameters, extend_lineage, load_token
 from stages.core.errors import UserError
 from stages.core.examples import load_dataset
 from stages.core.masked_language import chosen_logits
+from stages.core.packing import load_documents, packed_inputs
 from stages.core.stage import StageRun, command
 from stages.core.tensors import to_device
 from stages.core.training.loop import train
@@ -34,6 +35,8 @@ class MaskedLanguageModel:
         self.tokenizer = tokenizer
         self.train_blocks = load_blocks(blocks / "train.parquet")
         self.heldout_blocks = load_blocks(blocks / "heldout.parquet")
+        self.documents = {"train": load_documents(blocks / "train.parquet")}
+        self.documents["heldout"] = load_documents(blocks / "heldout.parquet")
         self.special = torch.tensor(tokenizer.all_special_ids)
         self.bytes_per_token = self._bytes_per_token()
 
@@ -46,28 +49,34 @@ class MaskedLanguageModel:
     def prepare(self, batch: Batch) -> Tensors:
         """Blocks with tokens hidden; which ones depends on the step and the seed alone."""
         step, *rows = batch
-        return self._hidden(self.train_blocks[rows], torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return {**self._hidden(self.train_blocks[rows], generator), **self._documents("train", rows)}
 
     def loss(self, tensors: Tensors) -> Tensor:
         """Cross-entropy of the hidden tokens."""
         chosen = tensors["chosen"]
-        logits = chosen_logits(self.model, tensors["seen"], chosen)
+        apart = packed_inputs(self.model, tensors.get("documents"))
+        logits = chosen_logits(self.model, tensors["seen"], chosen, **apart)
         return functional.cross_entropy(logits.float(), tensors["blocks"][chosen])
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Held-out loss in nats a token, perplexity, and bits a byte of text; the same tokens are hidden every time."""
         losses = [
-            float(self._heldout_loss(self.heldout_blocks[start : start + 32], start))
-            for start in range(0, len(self.heldout_blocks), 32)
+            float(self._heldout_loss(slice(start, start + 32))) for start in range(0, len(self.heldout_blocks), 32)
         ]
         loss = sum(losses) / len(losses)
         bits = loss / math.log(2) / self.bytes_per_token
         return -loss, {"heldout_loss": loss, "perplexity": math.exp(min(loss, 50.0)), "bits_per_byte": bits}
 
     @torch.inference_mode()
-    def _heldout_loss(self, blocks: Tensor, start: int) -> Tensor:
-        hidden = self._hidden(blocks, torch.Generator().manual_seed(_HELDOUT_SEED + start))
+    def _heldout_loss(self, rows: slice) -> Tensor:
+        generator = torch.Generator().manual_seed(_HELDOUT_SEED + rows.start)
+        hidden = {**self._hidden(self.heldout_blocks[rows], generator), **self._documents("heldout", rows)}
         return self.loss(to_device(hidden, self.model))
+
+    def _documents(self, split: str, rows: Sequence[int] | slice) -> Tensors:
+        documents = self.documents[split]
+        return {} if documents is None else {"documents": documents[rows]}
 
     def _hidden(self, blocks: Tensor, generator: torch.Generator) -> Tensors:
         mask_id, vocabulary = self.tokenizer.mask_token_id, len(self.tokenizer)

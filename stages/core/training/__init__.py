@@ -1,5 +1,6 @@
 """The training engine of every stage that trains: pretraining, fine-tuning, distillation, recovery, rounding.
 
 Read in this order: `recipe` says what is trained, `loop` trains it, and each further module is one thing the loop asks
-for: `optimizers`, `schedules`, `precision`, `prefetch`, `state`.
+for: `optimizers`, `schedules`, `precision`, `prefetch`, `state`, and for its speed `processors` (attention, dropout),
+`embeddings`, `memory`, `compiling` and `throughput`.
 """

@@ -10,7 +10,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,12 +19,17 @@ from torch import Tensor, nn
 from stages.core.observe.progress import track
 from stages.core.stage import StageRun
 from stages.core.tensors import to_device
+from stages.core.training.compiling import compile_loss
+from stages.core.training.embeddings import compact_embeddings
+from stages.core.training.memory import fitted_to_memory, saved_bytes
 from stages.core.training.optimizers import build_optimizer
 from stages.core.training.precision import resolve_precision
 from stages.core.training.prefetch import prefetched
+from stages.core.training.processors import quick_on_processors
 from stages.core.training.recipe import Position, Recipe, Tensors
 from stages.core.training.schedules import rate_share
 from stages.core.training.state import restore_state, save_state
+from stages.core.training.throughput import Meter
 
 _STEPS_BETWEEN_LIVE_POINTS = 10
 
@@ -50,17 +56,20 @@ class Trainer:
         precision = resolve_precision(recipe.optimizer.precision)
         self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
         self.model.to(self.accelerator.device)
-        self.loss = LossModule(model, recipe)
+        self.loss: Any = LossModule(model, recipe)
         self.steps = sum(len(recipe.batches(index)) for index in range(recipe.rounds))
         self.optimizer = build_optimizer(model, recipe.optimizer, recipe.learning_rate_scale)
         self.position = Position()
+        self.meter = Meter(model, precision, self.accelerator.device.type, self.position)
         self.best: dict[str, Tensor] = {}
         self._saved_at = time.monotonic()
 
     def fit(self) -> Position:
         """Train to the end, from the saved state where there is one."""
         self._restore()
-        with _interruptible() as interrupted:
+        with ExitStack() as stack:
+            self._prepare_steps(stack)
+            interrupted = stack.enter_context(_interruptible())
             while self.position.round < self.recipe.rounds and not self._out_of_patience():
                 self._train_round(interrupted)
                 self._evaluate()
@@ -73,17 +82,47 @@ class Trainer:
         self.model.to("cpu").eval()
         return self.position
 
+    def _prepare_steps(self, stack: ExitStack) -> None:
+        """Cut batches as the memory budget asks, and compile the loss if params say so."""
+        params, position = self.run.params.training, self.position
+        if position.round >= self.recipe.rounds or not (batches := self.recipe.batches(position.round)):
+            return
+        first = to_device(self.recipe.prepare(batches[0]), self.model)
+        examples = len(next(iter(first.values())))
+        self.model.train()
+        parts = stack.enter_context(
+            fitted_to_memory(self.model, params, examples, lambda parts: self._saved_bytes(split(first, parts)[0]))
+        )
+        position.parts = max(parts, position.parts)
+        if params.compile:
+            self.loss, values = compile_loss(self.loss, lambda loss: self._backward(loss, first, 1.0))
+            self.run.record.log(position.step, {f"{self.phase}_{name}": value for name, value in values.items()})
+            self.run.say(
+                f"{self.phase} compiled in {values['compile_seconds']:.1f} s: {values['compiled_steps']:.2f} steps a "
+                f"second, {values['eager_steps']:.2f} before"
+            )
+
+    def _saved_bytes(self, tensors: Tensors) -> int:
+        def forward() -> Tensor:
+            with self.accelerator.autocast():
+                loss: Tensor = self.loss(tensors)
+            return loss
+
+        return saved_bytes(forward)
+
     def _train_round(self, interrupted: threading.Event) -> None:
         position = self.position
         waiting = self.recipe.batches(position.round)[position.batch :]
         description = f"{self.run.name} {self.phase} round {position.round + 1}/{self.recipe.rounds}"
         self.model.train()
-        for tensors in track(prefetched(self.recipe.prepare, waiting), description, total=len(waiting)):
-            self._step(tensors)
-            position.batch += 1
-            self._save_if(interrupted.is_set() or self._save_is_due())
-            if interrupted.is_set():
-                raise KeyboardInterrupt
+        ready = track(prefetched(self.recipe.prepare, waiting), description, len(waiting), lambda: self.meter.shown)
+        with self.meter.running():
+            for tensors in ready:
+                self._step(tensors)
+                position.batch += 1
+                self._save_if(interrupted.is_set() or self._save_is_due())
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
 
     def _step(self, tensors: Tensors) -> None:
         position = self.position
@@ -97,8 +136,10 @@ class Trainer:
         position.step += 1
         position.loss_sum += value
         position.loss_count += 1
+        self.meter.add(tensors, self.recipe.weight(tensors))
         if position.step % _STEPS_BETWEEN_LIVE_POINTS == 0:
-            self.run.record.log(position.step, {f"{self.phase}_batch_loss": value})
+            point = {"batch_loss": value, **self.meter.read()}
+            self.run.record.log(position.step, {f"{self.phase}_{name}": number for name, number in point.items()})
 
     def _add_gradients(self, tensors: Tensors) -> float:
         """Add the gradients of a batch, one micro-batch after the other, and return its mean loss."""
@@ -113,17 +154,16 @@ class Trainer:
 
     def _add_part(self, tensors: Tensors, share: float) -> float:
         """Add the gradients of a micro-batch that is so large a share of its batch; return its share of the loss."""
-
-        def backward() -> float:
-            with self.accelerator.autocast():
-                loss = self.loss(tensors) * share
-            self.accelerator.backward(loss)
-            return float(loss.detach())
-
-        value = backward()
+        value = self._backward(self.loss, tensors, share)
         if self.recipe.adversary is not None:
-            self.recipe.adversary(backward)
+            self.recipe.adversary(lambda: self._backward(self.loss, tensors, share))
         return value
+
+    def _backward(self, loss: Any, tensors: Tensors, share: float) -> float:
+        with self.accelerator.autocast():
+            value: Tensor = loss(tensors) * share
+        self.accelerator.backward(value)
+        return float(value.detach())
 
     def _evaluate(self) -> None:
         position = self.position
@@ -172,6 +212,7 @@ class Trainer:
         if restored is None:
             return
         self.position, self.best = restored
+        self.meter.position = self.position
         for row in self.position.history:
             self.run.log(int(row["step"]), **{name: value for name, value in row.items() if name != "step"})
         self.run.say(f"{self.phase} goes on from step {self.position.step}")
@@ -193,7 +234,8 @@ def train(model: nn.Module, recipe: Recipe, run: StageRun, phase: str) -> Positi
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state is safe on disk.
         FloatingPointError: if the loss is not a number.
     """
-    return Trainer(model, recipe, run, phase).fit()
+    with quick_on_processors(model), compact_embeddings(model, recipe.tokens):
+        return Trainer(model, recipe, run, phase).fit()
 
 
 def split(tensors: Tensors, parts: int) -> list[Tensors]:

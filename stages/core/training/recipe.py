@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -43,6 +43,8 @@ class Recipe:
     """Whether the weights of the best round are kept, or those of the last."""
     learning_rate_scale: Callable[[str], float] = field(default=lambda name: 1.0)
     """Share of the learning rate that a parameter of this name gets."""
+    tokens: Collection[int] | None = None
+    """Every token id that a batch can hold, where that is known: the embeddings of no others are trained."""
     adversary: Callable[[Callable[[], float]], None] | None = None
     """Called when a batch has its gradients, with a function that adds those of the same batch once more."""
 
@@ -56,6 +58,8 @@ class Position:
     step: int = 0
     parts: int = 1
     """Into how many micro-batches every batch is cut."""
+    seconds: float = 0.0
+    """Spent training so far, evaluations left out."""
     loss_sum: float = 0.0
     loss_count: int = 0
     best_score: float | None = None

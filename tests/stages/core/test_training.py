@@ -34,7 +34,11 @@ class FakeRun:
         self.name, self.state = "test", state
         self.points: list[tuple[int, dict[str, float]]] = []
         self.record = SimpleNamespace(log=lambda step, values: None)
-        self.params = SimpleNamespace(training=TrainingParams(saves=SaveParams(seconds=60.0)))
+        self.params = SimpleNamespace(
+            training=TrainingParams(
+                saves=SaveParams(seconds=60.0), compile=False, activation_checkpointing="auto", memory_budget_mb=None
+            )
+        )
 
     def log(self, step: int, **values: float) -> None:
         self.points.append((step, values))
