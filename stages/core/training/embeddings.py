@@ -66,7 +66,7 @@ def compact_embeddings(model: nn.Module, tokens: Iterable[int] | None) -> Iterat
         yield
         return
     padding = [] if embedding.padding_idx is None else [embedding.padding_idx]
-    compact = CompactEmbedding(embedding, sorted({*(tokens or ()), *padding}))
+    compact = CompactEmbedding(embedding, sorted({*(tokens or ()), *padding})).train(embedding.training)
     owner.set_input_embeddings(compact)
     try:
         yield
