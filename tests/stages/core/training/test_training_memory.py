@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -10,9 +12,21 @@ import transformers
 from torch import nn
 
 from stages.core.errors import UserError
-from stages.core.params import SaveParams, TrainingParams
+from stages.core.params import OptimizerParams, SaveParams, ScheduleParams, TrainingParams
+from stages.core.training.loop import train
 from stages.core.training.memory import checkpointed, fitted_to_memory, saved_bytes
 from stages.core.training.processors import quick_on_processors
+from stages.core.training.recipe import Recipe
+
+OPTIMIZER = OptimizerParams(
+    kind="adamw",
+    batch_tokens=256,
+    learning_rate=0.01,
+    weight_decay=0.01,
+    schedule=ScheduleParams(kind="linear", warmup=0.1),
+    maximum_gradient_norm=1.0,
+    precision="fp32",
+)
 
 
 def _params(budget: int | None, checkpointing: Literal["auto"] | bool = "auto") -> TrainingParams:
@@ -107,3 +121,34 @@ def test_what_cannot_fit_is_told() -> None:
         fitted_to_memory(_Model(), _params(None, True), 4, lambda parts: 0),
     ):
         pass
+
+
+def _fit(state: Path, budget: int | None) -> tuple[int, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 1))
+    inputs = torch.randn(512, 64)
+    recipe = Recipe(
+        optimizer=OPTIMIZER,
+        rounds=1,
+        batches=lambda index: [range(256), range(256, 512)],
+        prepare=lambda batch: {"inputs": inputs[list(batch)]},
+        loss=lambda tensors: (model(tensors["inputs"]).squeeze(-1) - tensors["inputs"].sum(1)).square().mean(),
+        evaluate=lambda: (0.0, {}),
+    )
+    run: Any = SimpleNamespace(
+        name="test",
+        state=state,
+        params=SimpleNamespace(training=_params(budget)),
+        record=SimpleNamespace(log=lambda step, values: None),
+        log=lambda step, **values: None,
+        say=lambda message: None,
+    )
+    parts = train(model, recipe, run, "fit").parts
+    return parts, torch.cat([part.detach().flatten() for part in model.parameters()])
+
+
+def test_training_under_a_budget_ends_where_training_without_does(tmp_path: Path) -> None:
+    found = [_fit(tmp_path / str(budget), budget) for budget in (None, 2)]
+    # a good mebibyte of weights, gradients and moments; 256 rows keep 1024 values of tanh each, another one
+    assert [parts for parts, _ in found] == [1, 2]
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
