@@ -135,7 +135,8 @@ def quick_on_processors(model: nn.Module) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Have the C library reuse freed tensors, where by default every large one is mapped and zeroed anew.
 
-    The zeroing was a seventh of a training step. What a process holds at most stays as it was.
+    The zeroing was a seventh of a training step. The price is a heap that blocks of ever new sizes fragment:
+    pretraining MiniLM held 1.7 GB after 7 steps and up to 2.0 GB after 20.
     """
     if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
         return
