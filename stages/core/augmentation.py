@@ -86,7 +86,7 @@ def _one_copy(
             chosen[place, torch.from_numpy(positions)] = True
         seen = ids.masked_fill(chosen, tokenizer.mask_token_id)
         with torch.inference_mode():
-            logits = chosen_logits(model, seen, chosen, inputs["attention_mask"]).float()
+            logits = chosen_logits(model, seen, chosen, attention_mask=inputs["attention_mask"]).float()
         draws = [chances[i].random(int(count)) for i, count in zip(batch, chosen.sum(dim=1), strict=True)]
         ids[chosen] = draw_tokens(logits, special, params.candidates, torch.from_numpy(numpy.concatenate(draws)))
         for place, index in enumerate(batch):

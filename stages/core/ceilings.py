@@ -5,7 +5,6 @@ And how much of it a model uses: its arithmetic per text, read from its graph.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +12,8 @@ import numpy
 import onnx
 
 from stages.core.onnx_graph import weights_made_when_loaded
+from stages.core.products import SIZE, fastest_seconds
 
-_SIZE = 2048
-_REPEATS = 7
-_SECONDS = 0.4
 _BYTES = 512 * 2**20
 _GIGA = 1e9
 _POOLING = ("Gather", "Slice", "GatherND")
@@ -42,14 +39,16 @@ def measure_products() -> dict[str, float]:
     def product(left: torch.Tensor, right: torch.Tensor) -> Callable[[], object]:
         return lambda: left @ right
 
-    floats = torch.randn(_SIZE, _SIZE)
+    floats = torch.randn(SIZE, SIZE)
     halves = floats.to(torch.bfloat16)
-    integers = torch.randint(-127, 127, (_SIZE, _SIZE), dtype=torch.int8)
-    work = 2.0 * _SIZE**3
+    integers = torch.randint(-127, 127, (SIZE, SIZE), dtype=torch.int8)
+    work = 2.0 * SIZE**3
     return {
-        "fp32": work / _seconds(product(floats, floats)) / _GIGA,
-        "bf16": work / _seconds(product(halves, halves)) / _GIGA,
-        "int8": work / min(_seconds(lambda: torch._int_mm(integers, integers)), _seconds(_integer_product())) / _GIGA,
+        "fp32": work / fastest_seconds(product(floats, floats)) / _GIGA,
+        "bf16": work / fastest_seconds(product(halves, halves)) / _GIGA,
+        "int8": work
+        / min(fastest_seconds(lambda: torch._int_mm(integers, integers)), fastest_seconds(_integer_product()))
+        / _GIGA,
     }
 
 
@@ -119,13 +118,13 @@ def _integer_product() -> Callable[[], object]:
     import onnxruntime
     from onnx import TensorProto, helper
 
-    weight = numpy.random.default_rng(0).integers(-127, 127, (_SIZE, _SIZE), dtype=numpy.int8)
-    given = numpy.random.default_rng(1).integers(0, 255, (_SIZE, _SIZE), dtype=numpy.uint8)
+    weight = numpy.random.default_rng(0).integers(-127, 127, (SIZE, SIZE), dtype=numpy.int8)
+    given = numpy.random.default_rng(1).integers(0, 255, (SIZE, SIZE), dtype=numpy.uint8)
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["left", "right"], ["product"])],
         "product",
-        [helper.make_tensor_value_info("left", TensorProto.UINT8, [_SIZE, _SIZE])],
-        [helper.make_tensor_value_info("product", TensorProto.INT32, [_SIZE, _SIZE])],
+        [helper.make_tensor_value_info("left", TensorProto.UINT8, [SIZE, SIZE])],
+        [helper.make_tensor_value_info("product", TensorProto.INT32, [SIZE, SIZE])],
         [onnx.numpy_helper.from_array(weight, "right")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
@@ -139,18 +138,4 @@ def _bandwidth() -> float:
 
     source = torch.ones(_BYTES // 4)
     target = torch.empty_like(source)
-    return 2 * _BYTES / _seconds(lambda: target.copy_(source)) / _GIGA
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some calls, after one that warms up: other work only ever slows a call down.
-
-    A slow machine gets fewer calls, to stay under a second.
-    """
-    work()
-    spent: list[float] = []
-    while not spent or (len(spent) < _REPEATS and sum(spent) < _SECONDS):
-        started = time.perf_counter()
-        work()
-        spent.append(time.perf_counter() - started)
-    return min(spent)
+    return 2 * _BYTES / fastest_seconds(lambda: target.copy_(source)) / _GIGA

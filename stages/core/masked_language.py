@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -34,16 +33,15 @@ def only_at(model: Any, chosen: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def chosen_logits(model: Any, seen: Tensor, chosen: Tensor, mask: Tensor | None = None) -> Tensor:
+def chosen_logits(model: Any, seen: Tensor, chosen: Tensor, **inputs: Tensor) -> Tensor:
     """Logits [chosen, vocabulary] at the chosen positions only.
 
     Args:
         model: a transformers model with a masked-language head.
         seen: token ids, [texts, length].
         chosen: where the model must guess, bool [texts, length].
-        mask: attention mask, [texts, length]; None where nothing is padded.
+        inputs: further arguments of the model, such as `attention_mask` where something is padded.
     """
-    mask = torch.ones_like(seen) if mask is None else mask
     with only_at(model, chosen):
-        logits: Tensor = model(input_ids=seen, attention_mask=mask).logits
+        logits: Tensor = model(input_ids=seen, **inputs).logits
     return logits.squeeze(0)

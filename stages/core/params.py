@@ -241,6 +241,8 @@ class TokenizeParams(Section):
     """Tokens per text, special tokens included; longer texts are cut."""
     block_length: Annotated[int, Field(ge=8)]
     """Tokens per packed pretraining block."""
+    documents: Literal["apart", "joined"]
+    """apart: a block holds whole documents, and attention stays inside each; joined: one stream, cut anywhere."""
     corpus_tokens: Count
     """At most so many corpus tokens are packed, spread evenly over the corpus."""
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)]
@@ -386,6 +388,19 @@ class TrainingParams(Section):
     faults: FaultParams
     parallel: ParallelParams | None
     """null: one process on one device."""
+    compile: bool
+    """Whether the loss is compiled (torch.compile): a minute or so once, worth it in long runs."""
+    activation_checkpointing: Literal["auto"] | bool
+    """Whether activations are computed twice rather than kept (1604.06174); auto: where the budget needs it."""
+    memory_budget_mb: Number | None
+    """Of weights, gradients, Adam's moments and activations; batches are cut into micro-batches to keep it; null: no
+    budget."""
+
+    @model_validator(mode="after")
+    def _one_process_where_it_must_be(self) -> Self:
+        if self.parallel is not None and (self.compile or self.memory_budget_mb is not None):
+            raise ValueError("compile and memory_budget_mb are for one process; set parallel to null, or these off")
+        return self
 
 
 class MaskingParams(Section):

@@ -139,6 +139,7 @@ def _fit(
         loss=loss,
         evaluate=evaluate,
         patience=params.patience,
+        tokens={token for row in examples.input_ids for token in row},
         learning_rate_scale=learning_rate_shares(
             [name for name, _ in model.named_parameters()], params.layer_decay
         ).__getitem__,

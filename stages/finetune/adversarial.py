@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,10 +34,11 @@ def build_adversary(
     if params.kind == "freelb":
         if model.config.model_type == "xlnet":  # its embeddings come as [length, texts, width]
             raise UserError("finetune.adversarial: freelb does not know the order of xlnet's embeddings; take fgm")
-        return partial(free_adversary, embeddings, params, pad_id)
+        # What is trained may stand in for the embeddings of now, so each looks them up when it works.
+        return lambda backward: free_adversary(model.get_input_embeddings(), params, pad_id, backward)
     if not embeddings.weight.requires_grad:
         raise UserError("finetune.adversarial: fgm needs word embeddings that are trained; take freelb, or null")
-    return partial(fast_gradient, embeddings.weight, params.epsilon)
+    return lambda backward: fast_gradient(model.get_input_embeddings().weight, params.epsilon, backward)
 
 
 def fast_gradient(embeddings: Tensor, epsilon: float, backward: Backward) -> float:

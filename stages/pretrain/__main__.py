@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.core.checkpoints import count_parameters, extend_lineage, load_tokenizer, save_model
 from stages.core.errors import UserError
+from stages.core.packing import check_packable
 from stages.core.stage import StageRun, command
 from stages.core.tensors import to_device
 from stages.core.training.loop import train
@@ -35,7 +36,17 @@ class Pretraining:
                 f"params.yaml: pretrain.optimizer.batch_tokens: must be at least {least} for pretrain.objective.kind "
                 f"{self.params.objective.kind}, which takes {objective.least_blocks} blocks a batch"
             )
+        if blocks.train_documents is not None:
+            self._check_apart()
         self.bytes_per_token = self._bytes_per_token(tokenizer)
+
+    def _check_apart(self) -> None:
+        if not self.objective.keeps_apart:
+            raise UserError(
+                f"params.yaml: tokenize.documents: pretrain.objective.kind {self.params.objective.kind} reads a block "
+                "as one text; set it to joined"
+            )
+        check_packable(self.objective.model)
 
     def batches(self, index: int) -> list[list[int]]:
         """Batches of one part of the run."""
@@ -45,21 +56,25 @@ class Pretraining:
         """Inputs and labels of blocks; chance depends on the step and the seed alone."""
         step, *rows = batch
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return self.objective.prepare(self.blocks.train[rows], step / max(1, self.params.steps - 1), generator)
+        progress = step / max(1, self.params.steps - 1)
+        tensors = self.objective.prepare(self.blocks.train[rows], progress, generator)
+        return {**tensors, **_documents(self.blocks.train_documents, rows)}
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Held-out figures, the mean over batches; chance is the same every time."""
         starts = range(0, len(self.blocks.heldout), _HELDOUT_BATCH)
-        measured = [self._measure(self.blocks.heldout[start : start + _HELDOUT_BATCH], start) for start in starts]
+        measured = [self._measure(slice(start, start + _HELDOUT_BATCH)) for start in starts]
         figures = {name: _mean([batch[name] for batch in measured if name in batch]) for name in measured[0]}
         loss = figures["heldout_loss"]
         told = language_figures(loss, self.bytes_per_token) if self.objective.vocabulary_head else {}
         return -loss, figures | told
 
     @torch.inference_mode()
-    def _measure(self, blocks: Tensor, start: int) -> dict[str, float]:
-        tensors = self.objective.prepare(blocks, 0.0, torch.Generator().manual_seed(_HELDOUT_SEED + start))
-        return self.objective.measure(to_device(tensors, self.objective.model))
+    def _measure(self, rows: slice) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(_HELDOUT_SEED + rows.start)
+        tensors = self.objective.prepare(self.blocks.heldout[rows], 0.0, generator)
+        documents = _documents(self.blocks.heldout_documents, rows)
+        return self.objective.measure(to_device({**tensors, **documents}, self.objective.model))
 
     def _bytes_per_token(self, tokenizer: Any) -> float | None:
         """Bytes of text for each token that the held-out loss may fall on; None where it falls on other tokens."""
@@ -69,6 +84,10 @@ class Pretraining:
             return None
         texts: Sequence[str] = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
         return sum(len(text.encode()) for text in texts) / max(int(scored.sum()), 1)
+
+
+def _documents(documents: Tensor | None, rows: Sequence[int] | slice) -> Tensors:
+    return {} if documents is None else {"documents": documents[rows]}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.core.errors import UserError
 from stages.core.examples import load_dataset
+from stages.core.packing import load_documents
 
 _SHORTEST_BLOCK = 8  # that params allow, where there is none to look at
 
@@ -28,6 +29,8 @@ class Blocks:
         self.length = self.train.shape[1] if len(self.train) else _SHORTEST_BLOCK
         self.per_batch = max(1, batch_tokens // self.length)
         self._steps, self._seed = steps, seed
+        self.train_documents = load_documents(folder / "train.parquet")
+        self.heldout_documents = load_documents(folder / "heldout.parquet")
 
     def batches(self, index: int, parts: int) -> list[list[int]]:
         """Batches of one part of the run: the number of the step, then rows of the training blocks.

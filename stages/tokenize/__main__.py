@@ -18,9 +18,10 @@ from stages.core.checkpoints import copy_tokenizer, load_tokenizer
 from stages.core.errors import UserError
 from stages.core.examples import SPLITS, load_dataset
 from stages.core.observe.progress import track
+from stages.core.packing import PADDED
 from stages.core.params import TokenizeParams, TrainedTokenizer
 from stages.core.stage import StageRun, command
-from stages.tokenize.pack import hold_out, pack, spread
+from stages.tokenize.pack import hold_out, pack, pack_apart, spread
 from stages.tokenize.train import train_tokenizer
 
 _TEXTS_PER_BATCH = 1000
@@ -46,13 +47,14 @@ def run_tokenize(run: StageRun) -> dict[str, Any]:
         pyarrow.parquet.write_table(dataset.data.table, out / f"{split}.parquet")
     _write_lengths(run.staging / "lengths.csv", tokenized)
 
-    train, heldout = _pack_corpus(run, tokenizer, corpus["text"])
-    blocks = run.unit("blocks")
-    _write_blocks(blocks / "train.parquet", train)
-    _write_blocks(blocks / "heldout.parquet", heldout)
+    packed, blocks = _pack_corpus(run, tokenizer, corpus["text"]), run.unit("blocks")
+    rows = hold_out(numpy.arange(len(packed["input_ids"])), params.heldout_fraction, run.params.seed)
+    for name, chosen in zip(("train", "heldout"), rows, strict=True):
+        _write_blocks(blocks / f"{name}.parquet", {column: values[chosen] for column, values in packed.items()})
     return {
         "vocabulary": len(tokenizer),
-        "corpus_tokens": int(train.size + heldout.size),
+        "corpus_tokens": int(packed["input_ids"].size),
+        "corpus_padding": float((packed["documents"] == PADDED).mean()) if "documents" in packed else 0.0,
         "splits": {split: _describe(dataset, tokenizer, params) for split, dataset in tokenized.items()},
     }
 
@@ -97,9 +99,9 @@ def _tokenize_split(
     return dataset.map(encode, batched=True, features=features, remove_columns=["label"], keep_in_memory=True)
 
 
-def _pack_corpus(run: StageRun, tokenizer: Any, texts: Sequence[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Tokenize an even sample of the corpus, until there are enough tokens, and pack it."""
-    params, seed = run.params.tokenize, run.params.seed
+def _pack_corpus(run: StageRun, tokenizer: Any, texts: Sequence[str]) -> dict[str, numpy.ndarray]:
+    """Tokenize an even sample of the corpus, until there are enough tokens, and pack it; columns of the blocks."""
+    params = run.params.tokenize
     rows: list[list[int]] = []
     tokens = 0
     for batch in track(_batches(texts, params.corpus_tokens), "tokenize corpus"):
@@ -110,8 +112,13 @@ def _pack_corpus(run: StageRun, tokenizer: Any, texts: Sequence[str]) -> tuple[n
             break
     separator = _first_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
     begin = _first_of(tokenizer.cls_token_id, tokenizer.bos_token_id, separator)
-    blocks = pack(rows, separator, begin, params.block_length)
-    return hold_out(blocks[: max(0, params.corpus_tokens // params.block_length)], params.heldout_fraction, seed)
+    count = params.corpus_tokens // params.block_length
+    if params.documents == "joined":
+        return {"input_ids": pack(rows, separator, begin, params.block_length)[:count]}
+    blocks, documents = pack_apart(rows, separator, begin, tokenizer.pad_token_id, params.block_length)
+    # Best fit puts the longest documents first; a sample of the blocks must hold short ones too.
+    sample = numpy.random.default_rng(run.params.seed).permutation(len(blocks))[:count]
+    return {"input_ids": blocks[sample], "documents": documents[sample]}
 
 
 def _first_of(*ids: int | None) -> int:
@@ -129,9 +136,10 @@ def _batches(texts: Sequence[str], tokens: int) -> Iterator[list[str]]:
         yield [texts[index] for index in wanted[start : start + _TEXTS_PER_BATCH]]
 
 
-def _write_blocks(path: Path, blocks: numpy.ndarray) -> None:
-    rows = pyarrow.array(list(blocks), type=pyarrow.list_(pyarrow.int32()))
-    pyarrow.parquet.write_table(pyarrow.table({"input_ids": rows}), path)
+def _write_blocks(path: Path, columns: dict[str, numpy.ndarray]) -> None:
+    kind = pyarrow.list_(pyarrow.int32())
+    table = {name: pyarrow.array(list(rows), type=kind) for name, rows in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
 
 
 def _write_lengths(path: Path, tokenized: dict[str, datasets.Dataset]) -> None:

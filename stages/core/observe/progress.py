@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -20,24 +20,30 @@ def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield the items and show how far along they are, unless another process does."""
+def track(
+    items: Iterable[Item], description: str, total: int | None = None, status: Callable[[], str] = str
+) -> Iterator[Item]:
+    """Yield the items and show how far along they are, with what `status` says, unless another process shows it."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     if not is_first_process():
         yield from items
     elif sys.stderr.isatty():
-        yield from tqdm(items, desc=description, total=total, leave=False)
+        with tqdm(items, desc=description, total=total, leave=False) as bar:
+            for item in bar:
+                bar.set_postfix_str(status(), refresh=False)
+                yield item
     else:
-        yield from _plain(items, description, total)
+        yield from _plain(items, description, total, status)
 
 
-def _plain(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+def _plain(items: Iterable[Item], description: str, total: int | None, status: Callable[[], str]) -> Iterator[Item]:
     started = spoken = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
         if now - spoken >= _SECONDS_BETWEEN_LINES:
             spoken = now
             share = f"{done}/{total}" if total else str(done)
-            say(f"  {description}: {share} after {now - started:.0f} s")
+            said = f", {status()}" if status() else ""
+            say(f"  {description}: {share} after {now - started:.0f} s{said}")
         yield item

@@ -114,7 +114,7 @@ class Devices:
         """Add the gradients of a micro-batch that is so large a share of its batch; return its share of the loss."""
         if self._pipeline is not None:
             return self._pipeline.add_gradients(tensors, share)
-        with self._autocast():
+        with self.autocast():
             value = loss(tensors) * share
         self.accelerator.backward(value * self.replicas)  # torch takes the mean over the replicas; fp16 is scaled
         return float(value.detach())
@@ -127,7 +127,8 @@ class Devices:
             loss.set_requires_gradient_sync(not more)
         return nullcontext()
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    def autocast(self) -> AbstractContextManager[object]:
+        """Compute in the precision of the run."""
         return autocast(self._precision, self.accelerator.device.type)
 
     def clip(self, model: nn.Module, optimizer: torch.optim.Optimizer, maximum: float) -> float:
@@ -246,7 +247,7 @@ class Devices:
         model.__dict__ = parts.__dict__
         if sizes.pipeline > 1:
             tied, group = _tied_names(model), _ends_of_pipelines(mesh)
-            part = PipelinePart(model, recipe, self._place, sizes.pipeline, self._autocast)
+            part = PipelinePart(model, recipe, self._place, sizes.pipeline, self.autocast)
             self._pipeline = Pipeline(part, self._group("pipeline"), device)
             own = dict(model.named_parameters())
             self._tied = next((Tied(own[name], group) for name in tied if group and name in own), None)

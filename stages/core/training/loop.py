@@ -11,7 +11,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +20,9 @@ from stages.core.observe.progress import track
 from stages.core.stage import StageRun
 from stages.core.tensors import to_device
 from stages.core.training.averaging import WeightAverage
+from stages.core.training.compiling import compile_loss
 from stages.core.training.devices import Devices, describe, on_first
+from stages.core.training.embeddings import compact_embeddings
 from stages.core.training.faults import (
     Step,
     after_rollback,
@@ -30,13 +33,15 @@ from stages.core.training.faults import (
     stop_where_it_persists,
 )
 from stages.core.training.generators import Generators
-from stages.core.training.memory import halve_micro_batches, is_out_of_memory
+from stages.core.training.memory import fitted_to_memory, halve_micro_batches, is_out_of_memory, saved_bytes
 from stages.core.training.optimizers import build_optimizer
 from stages.core.training.precision import resolve_precision
 from stages.core.training.prefetch import prefetched
-from stages.core.training.recipe import Batch, Position, Recipe, Tensors
+from stages.core.training.processors import quick_on_processors
+from stages.core.training.recipe import Batch, Position, Recipe, Tensors, split
 from stages.core.training.schedules import rate_share
 from stages.core.training.state import Saved, SavedStates, Stateful
+from stages.core.training.throughput import Meter
 
 _STEPS_BETWEEN_LIVE_POINTS = 10
 
@@ -59,13 +64,15 @@ class Trainer:
 
     def __init__(self, model: nn.Module, recipe: Recipe, run: StageRun, phase: str):
         self.model, self.recipe, self.run, self.phase = model, recipe, run, phase
-        self.devices = Devices(run.params.training.parallel, recipe, resolve_precision(recipe.optimizer.precision))
+        precision = resolve_precision(recipe.optimizer.precision)
+        self.devices = Devices(run.params.training.parallel, recipe, precision)
         self.scaler = self.devices.accelerator.scaler
-        self.loss = self.devices.place(LossModule(model, recipe), model, recipe)
+        self.position = Position(processes=self.devices.sizes)
+        self.meter = Meter(model, precision, self.devices.accelerator.device.type, self.devices.parallel.processes)
+        self.loss: Any = self.devices.place(LossModule(model, recipe), model, recipe)
         self.steps = sum(len(recipe.batches(index)) for index in range(recipe.rounds))
         self.optimizer = build_optimizer(model, recipe.optimizer, recipe.learning_rate_scale)
         self.average = WeightAverage(model, recipe.optimizer.averaging)
-        self.position = Position(processes=self.devices.sizes)
         self.best: dict[str, Tensor] = {}
         self.generators = Generators()
         self.states = SavedStates(run.state / phase, run.params.training.saves.keep, self._say)
@@ -86,7 +93,9 @@ class Trainer:
         return self.position
 
     def _fit(self) -> None:
-        with _interruptible() as interrupted:
+        with ExitStack() as stack:
+            self._prepare_steps(stack)
+            interrupted = stack.enter_context(_interruptible())
             while self.position.round < self.recipe.rounds and not self._out_of_patience():
                 if not self._train_round(interrupted):
                     continue
@@ -95,21 +104,51 @@ class Trainer:
                 self._save_where_due(interrupted)
         self._save()  # a stage with a later phase does not train this one again
 
+    def _prepare_steps(self, stack: ExitStack) -> None:
+        """Cut batches as the memory budget asks, and compile the loss if params say so."""
+        params, position = self.run.params.training, self.position
+        if position.round >= self.recipe.rounds or not (batches := self.recipe.batches(position.round)):
+            return
+        first = to_device(self.recipe.prepare(batches[0]), self.model)
+        examples = len(next(iter(first.values())))
+        self.model.train()
+        parts = stack.enter_context(
+            fitted_to_memory(self.model, params, examples, lambda parts: self._saved_bytes(split(first, parts)[0]))
+        )
+        position.parts = max(parts, position.parts)
+        if params.compile:
+            self.loss, values = compile_loss(self.loss, lambda loss: self.devices.add_gradients(loss, first, 1.0))
+            self.run.record.log(position.step, {f"{self.phase}_{name}": value for name, value in values.items()})
+            self._say(
+                f"compiled in {values['compile_seconds']:.1f} s: {values['compiled_steps']:.2f} steps a "
+                f"second, {values['eager_steps']:.2f} before"
+            )
+
+    def _saved_bytes(self, tensors: Tensors) -> int:
+        def forward() -> Tensor:
+            with self.devices.autocast():
+                loss: Tensor = self.loss(tensors)
+            return loss
+
+        return saved_bytes(forward)
+
     def _train_round(self, interrupted: threading.Event) -> bool:
         """Train to the end of the round; False where the run was rolled back and stands in a round before its end."""
         position = self.position
         batches = self._waiting_batches()
         description = f"{self.run.name} {self.phase} round {position.round + 1}/{self.recipe.rounds}"
         self.model.train()
-        ready = track(prefetched(self.recipe.prepare, list(batches.values())), description, total=len(batches))
-        for (index, batch), tensors in zip(batches.items(), ready, strict=True):
-            position.batch = index
-            self._step(tensors, batch)
-            if position.faults.in_a_row == self.run.params.training.faults.skips:
-                self._roll_back()
-                return False
-            position.batch = index + 1
-            self._save_where_due(interrupted)
+        ready = prefetched(self.recipe.prepare, list(batches.values()))
+        shown = track(ready, description, len(batches), lambda: self.meter.shown)
+        with self.meter.running(position):
+            for (index, batch), tensors in zip(batches.items(), shown, strict=True):
+                position.batch = index
+                self._step(tensors, batch)
+                if position.faults.in_a_row == self.run.params.training.faults.skips:
+                    self._roll_back()
+                    return False
+                position.batch = index + 1
+                self._save_where_due(interrupted)
         return True
 
     def _waiting_batches(self) -> dict[int, Batch]:
@@ -137,12 +176,18 @@ class Trainer:
                 self.recipe.after_step(position.step + 1)
             position.loss_sum += value
             position.loss_count += 1
-            if (position.step + 1) % _STEPS_BETWEEN_LIVE_POINTS == 0:
-                self.run.record.log(position.step + 1, {f"{self.phase}_batch_loss": value})
+            self.meter.add(tensors, self.recipe.weight(tensors))
+            self._log_live(position.step + 1, value)
         else:
             self._skip(fault, step, tensors, batch)
         self.scaler.update()
         position.step += 1
+
+    def _log_live(self, step: int, loss: float) -> None:
+        """Every few steps, add the loss and the speed to the live curves."""
+        if step % _STEPS_BETWEEN_LIVE_POINTS == 0:
+            point = {"batch_loss": loss, **self.meter.read()}
+            self.run.record.log(step, {f"{self.phase}_{name}": value for name, value in point.items()})
 
     def _skip(self, fault: str, step: Step, tensors: Tensors, batch: Batch) -> None:
         """Leave a bad step out.
@@ -321,7 +366,8 @@ def train(model: nn.Module, recipe: Recipe, run: StageRun, phase: str) -> Positi
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state is safe on disk.
         UserError: if steps stay bad after every skip and way back, or one example is too large for the memory.
     """
-    return Trainer(model, recipe, run, phase).fit()
+    with quick_on_processors(model), compact_embeddings(model, recipe.tokens):
+        return Trainer(model, recipe, run, phase).fit()
 
 
 @contextmanager

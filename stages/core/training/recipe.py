@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -50,6 +50,8 @@ class Recipe:
     """Whether the weights of the best round are kept, or those of the last."""
     learning_rate_scale: Callable[[str], float] = field(default=lambda name: 1.0)
     """Share of the learning rate that a parameter of this name gets."""
+    tokens: Collection[int] | None = None
+    """Every token id that a batch can hold, where that is known: the embeddings of no others are trained."""
     adversary: Callable[[Callable[[float], float]], float] | None = None
     """Computes the gradients of a batch in its own way and returns the loss; None computes them once, as they are.
 
@@ -78,6 +80,8 @@ class Faults:
     """Losses of the last good steps."""
     first_highest: float = -math.inf
     """The highest loss of the first window."""
+    tokens: Collection[int] | None = None
+    """Every token id that a batch can hold, where that is known: the embeddings of no others are trained."""
 
 
 @dataclass
@@ -91,6 +95,8 @@ class Position:
     """Into how many micro-batches every batch is cut."""
     processes: dict[str, int] = field(default_factory=dict)
     """Over how many processes the run is spread, by `training.parallel`'s names."""
+    seconds: float = 0.0
+    """Spent training so far, evaluations left out."""
     loss_sum: float = 0.0
     loss_count: int = 0
     best_score: float | None = None

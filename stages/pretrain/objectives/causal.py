@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from stages.core.errors import UserError
 from stages.core.masked_language import chosen_logits
+from stages.core.packing import packed_inputs
 from stages.core.params import CausalObjective
 from stages.core.training.recipe import Tensors
 from stages.pretrain.model import build_model, require_tokens, sees_ahead
@@ -23,6 +24,7 @@ class Causal:
 
     vocabulary_head = True
     least_blocks = 1
+    keeps_apart = True
 
     def __init__(self, params: CausalObjective, checkpoint: Path, tokenizer: Any, length: int):
         require_tokens(tokenizer, params.kind, "pad")
@@ -42,12 +44,15 @@ class Causal:
 
     def loss(self, tensors: Tensors) -> Tensor:
         """Cross-entropy of the next tokens."""
-        logits = chosen_logits(self.model, tensors["blocks"], tensors["chosen"])
-        return functional.cross_entropy(logits.float(), tensors["following"][tensors["chosen"]])
+        chosen, documents = guessed(tensors), tensors.get("documents")
+        logits = chosen_logits(
+            self.model, tensors["blocks"], chosen, **packed_inputs(self.model, documents, backwards=True)
+        )
+        return functional.cross_entropy(logits.float(), tensors["following"][chosen])
 
     def weight(self, tensors: Tensors) -> float:
         """Count the tokens guessed."""
-        return float(tensors["chosen"].sum())
+        return float(guessed(tensors).sum())
 
     def measure(self, tensors: Tensors) -> dict[str, float]:
         """Loss in nats a token."""
@@ -62,3 +67,9 @@ class Causal:
     def handed_on(self) -> Mapping[str, nn.Module]:
         """Hand on the model."""
         return {"model": self.model}
+
+
+def guessed(tensors: Tensors) -> Tensor:
+    """Tokens whose next one is guessed, bool [blocks, length]: where documents are apart, none beyond their own."""
+    chosen, documents = tensors["chosen"], tensors.get("documents")
+    return chosen if documents is None else chosen & (documents >= 0) & (documents == documents.roll(-1, dims=1))

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from stages.core.errors import UserError
 from stages.core.masked_language import chosen_logits
+from stages.core.packing import packed_inputs
 from stages.core.params import MaskedObjective
 from stages.core.training.recipe import Tensors
 from stages.pretrain.masking import Masking
@@ -24,6 +25,7 @@ class Masked:
 
     vocabulary_head = True
     least_blocks = 1
+    keeps_apart = True
 
     def __init__(self, params: MaskedObjective, checkpoint: Path, tokenizer: Any, length: int):
         require_tokens(tokenizer, params.kind, "mask", "pad")
@@ -43,8 +45,8 @@ class Masked:
 
     def loss(self, tensors: Tensors) -> Tensor:
         """Cross-entropy of the hidden tokens."""
-        chosen = tensors["chosen"]
-        logits = chosen_logits(self.model, tensors["seen"], chosen)
+        chosen, apart = tensors["chosen"], packed_inputs(self.model, tensors.get("documents"))
+        logits = chosen_logits(self.model, tensors["seen"], chosen, **apart)
         return functional.cross_entropy(logits.float(), tensors["blocks"][chosen])
 
     def weight(self, tensors: Tensors) -> float:

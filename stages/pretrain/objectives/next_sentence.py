@@ -33,6 +33,7 @@ class NextSentence:
 
     vocabulary_head = True
     least_blocks = 2
+    keeps_apart = False
 
     def __init__(self, params: NextSentenceObjective, checkpoint: Path, tokenizer: Any, length: int):
         require_tokens(tokenizer, params.kind, "mask", "pad", "cls", "sep")

@@ -22,6 +22,8 @@ class Objective(Protocol):
 
     least_blocks: int
     """Blocks that a batch must have for the objective to be learned from it."""
+    keeps_apart: bool
+    """Whether documents of a block may be kept apart: `documents` among the tensors then says which is whose."""
 
     def prepare(self, blocks: Tensor, progress: float, generator: torch.Generator) -> Tensors:
         """Make inputs and labels of blocks [blocks, length], a pure function of its arguments.

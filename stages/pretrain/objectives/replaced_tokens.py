@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from stages.core.errors import UserError
 from stages.core.masked_language import chosen_logits
+from stages.core.packing import packed_inputs
 from stages.core.params import ReplacedTokensObjective
 from stages.core.training.recipe import Tensors
 from stages.pretrain.masking import Masking
@@ -38,6 +39,7 @@ class ReplacedTokens:
 
     vocabulary_head = False
     least_blocks = 1
+    keeps_apart = True
 
     def __init__(self, params: ReplacedTokensObjective, checkpoint: Path, tokenizer: Any, length: int):
         require_tokens(tokenizer, params.kind, "mask", "pad")
@@ -62,10 +64,11 @@ class ReplacedTokens:
         """Loss of the generator at the hidden tokens, and that of the discriminator at all tokens by its weight."""
         logits = self._generated(tensors)
         replaced = self._replaced(tensors, logits, None)
-        told = self._told(replaced)
+        told = self._told(tensors, replaced)
         was_replaced = (replaced != tensors["blocks"]).float()
+        losses = functional.binary_cross_entropy_with_logits(told, was_replaced, reduction="none")
         return self._generator_loss(tensors, logits) + self._params.discriminator_weight * (
-            functional.binary_cross_entropy_with_logits(told, was_replaced)
+            (losses * _real(tensors)).mean()  # over all positions, so that the parts of a batch add up
         )
 
     def weight(self, tensors: Tensors) -> float:
@@ -77,7 +80,8 @@ class ReplacedTokens:
         logits = self._generated(tensors)
         chance = torch.Generator(logits.device).manual_seed(_HELDOUT_SEED)
         replaced = self._replaced(tensors, logits, chance)
-        told, was_replaced = self._told(replaced), replaced != tensors["blocks"]
+        real = _real(tensors)
+        told, was_replaced = self._told(tensors, replaced)[real], (replaced != tensors["blocks"])[real]
         loss = functional.binary_cross_entropy_with_logits(told, was_replaced.float())
         return {
             "heldout_loss": float(loss),
@@ -97,7 +101,9 @@ class ReplacedTokens:
 
     def _generated(self, tensors: Tensors) -> Tensor:
         """The generator's logits at the hidden tokens, [chosen, vocabulary]."""
-        return chosen_logits(self.model.generator, tensors["seen"], tensors["chosen"]).float()
+        generator, documents = self.model.generator, tensors.get("documents")
+        apart = packed_inputs(generator, documents)
+        return chosen_logits(generator, tensors["seen"], tensors["chosen"], **apart).float()
 
     def _generator_loss(self, tensors: Tensors, logits: Tensor) -> Tensor:
         chosen = tensors["chosen"]
@@ -110,10 +116,17 @@ class ReplacedTokens:
         replaced[tensors["chosen"]] = draw(logits.detach(), chance)
         return replaced
 
-    def _told(self, replaced: Tensor) -> Tensor:
+    def _told(self, tensors: Tensors, replaced: Tensor) -> Tensor:
         """The discriminator's logits that a token was put there, [blocks, length]."""
-        logits: Tensor = self.model.discriminator(input_ids=replaced, attention_mask=torch.ones_like(replaced)).logits
+        apart = packed_inputs(self.model.discriminator, tensors.get("documents"))
+        logits: Tensor = self.model.discriminator(input_ids=replaced, **apart).logits
         return logits.float()
+
+
+def _real(tensors: Tensors) -> Tensor:
+    """Which positions hold a token of a document, bool [blocks, length]."""
+    documents = tensors.get("documents")
+    return torch.ones_like(tensors["blocks"], dtype=torch.bool) if documents is None else documents >= 0
 
 
 def draw(logits: Tensor, chance: torch.Generator | None) -> Tensor:

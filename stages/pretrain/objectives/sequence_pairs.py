@@ -25,6 +25,7 @@ class SequencePairs:
 
     vocabulary_head = True
     least_blocks = 1
+    keeps_apart = False
 
     def __init__(self, checkpoint: Path, tokenizer: Any, vocabulary: int, length: int, objective: str):
         kinds = (transformers.AutoModelForSeq2SeqLM,)

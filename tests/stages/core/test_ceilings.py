@@ -65,7 +65,7 @@ def test_only_products_of_two_quantized_factors_are_integer_ones(
 
 
 def test_ceilings_are_told_for_three_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.core.ceilings._SIZE", 256)
+    monkeypatch.setattr("stages.core.ceilings.SIZE", 256)
     products = measure_products()
     assert set(products) == {"fp32", "bf16", "int8"}
     assert all(0.1 < rate < 1e6 for rate in products.values())

@@ -116,8 +116,8 @@ def test_a_method_changes_training_and_an_interruption_does_not(
     assert not _same(whole, plain)
     step = loop.Trainer._step
 
-    def interrupted(self: loop.Trainer, tensors: Any) -> None:
-        step(self, tensors)
+    def interrupted(self: loop.Trainer, tensors: Any, batch: Any) -> None:
+        step(self, tensors, batch)
         if self.position.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -121,7 +121,7 @@ def test_blocks_begin_and_end_texts_with_what_the_tokenizer_has(
     tokenizer = _tokenizer(params, _checkpoint(tmp_path, **roles), TEXTS)
     assert tokenizer.pad_token == pad
     run: Any = SimpleNamespace(params=preset)
-    blocks = numpy.concatenate(_pack_corpus(run, tokenizer, TEXTS))
+    blocks = _pack_corpus(run, tokenizer, TEXTS)["input_ids"]
     assert set(blocks[:, 0].tolist()) == {tokenizer.convert_tokens_to_ids(begin)}
     assert (blocks[:, 1:] == tokenizer.convert_tokens_to_ids(separator)).sum() >= len(TEXTS) - 8
 
