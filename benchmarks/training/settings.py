@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.methods.declared import NOTHING
 from stages.core.errors import UserError
 
 
@@ -49,11 +50,17 @@ def pretrain_params(base: Mapping[str, Any], steps: int, corpus_tokens: int, hel
         base,
         {
             "tokenize.block_length": SHARED.block_length,
+            "tokenize.documents": "apart",
             "tokenize.corpus_tokens": corpus_tokens,
             "tokenize.heldout_fraction": heldout,
             "pretrain.steps": steps,
             "pretrain.evaluations": 1,
-            "pretrain.mask_probability": SHARED.mask_probability,
+            "pretrain.objective": {
+                "kind": "masked",
+                "mask_probability": SHARED.mask_probability,
+                "final_mask_probability": None,
+                "whole_words": False,
+            },
             **_optimizer("pretrain", SHARED.pretrain_batch_tokens, SHARED.pretrain_learning_rate),
         },
     )
@@ -64,11 +71,10 @@ def finetune_params(base: Mapping[str, Any]) -> dict[str, Any]:
     return override(
         base,
         {
+            **NOTHING,
             "finetune.epochs": SHARED.finetune_epochs,
             "finetune.patience": SHARED.finetune_epochs,
-            "finetune.label_smoothing": 0.0,
-            "finetune.layer_decay": 1.0,
-            "finetune.adversarial_epsilon": 0.0,
+            "finetune.repeats": {"seeds": 1, "folds": 0},
             **_optimizer("finetune", SHARED.finetune_batch_tokens, SHARED.finetune_learning_rate),
         },
     )
@@ -77,11 +83,12 @@ def finetune_params(base: Mapping[str, Any]) -> dict[str, Any]:
 def _optimizer(stage: str, batch_tokens: int, learning_rate: float) -> dict[str, Any]:
     return {
         f"{stage}.optimizer.kind": "adamw",
+        f"{stage}.optimizer.betas": [0.9, 0.999],
+        f"{stage}.optimizer.averaging": None,
         f"{stage}.optimizer.batch_tokens": batch_tokens,
         f"{stage}.optimizer.learning_rate": learning_rate,
         f"{stage}.optimizer.weight_decay": SHARED.weight_decay,
-        f"{stage}.optimizer.schedule.kind": "linear",
-        f"{stage}.optimizer.schedule.warmup": SHARED.warmup,
+        f"{stage}.optimizer.schedule": {"kind": "linear", "warmup": SHARED.warmup},
         f"{stage}.optimizer.maximum_gradient_norm": SHARED.maximum_gradient_norm,
         f"{stage}.optimizer.precision": SHARED.precision,
     }

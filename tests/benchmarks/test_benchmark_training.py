@@ -330,7 +330,10 @@ def _finished_run(artifacts: Path, checkpoint: Path, tokenizer: Path) -> None:
     pandas.DataFrame({"text": texts}).to_parquet(corpus / "corpus.parquet", index=False)
     (artifacts / "tokenize").mkdir()
     shutil.copytree(tokenizer, artifacts / "tokenize" / "tokenizer")
-    for folder in (acquired, corpus, artifacts / "tokenize" / "tokenizer"):
+    lexicon = artifacts / "acquire" / "lexicon"
+    lexicon.mkdir()
+    (lexicon / "synonyms.txt").write_text("hill, mound\n")
+    for folder in (acquired, corpus, lexicon, artifacts / "tokenize" / "tokenizer"):
         write_manifest(folder)
 
 
