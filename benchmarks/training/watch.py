@@ -1,7 +1,7 @@
 """One clock and one judge for both sides.
 
-They hang on PyTorch itself, on the optimizer's step and on the embedding of the tokens, so that they see the same of
-either side and neither has to be changed.
+They hang on PyTorch itself, on the optimizer's step and on the call of the model, so that they see the same of either
+side and neither has to be changed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Watch:
         self.model = model
         hooks = [
             register_optimizer_step_post_hook(lambda optimizer, *_: self._end_step(model, optimizer)),
-            model.get_input_embeddings().register_forward_pre_hook(self._count),
+            model.register_forward_pre_hook(self._count, with_kwargs=True),
         ]
         self._started, self._paused = time.perf_counter(), 0.0
         try:
@@ -93,10 +93,10 @@ class Watch:
             for hook in hooks:
                 hook.remove()
 
-    def _count(self, embedding: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Keep what goes in; it is counted when the clock stands still."""
+    def _count(self, model: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        """Keep the tokens that go in; they are counted when the clock stands still."""
         if torch.is_grad_enabled():
-            self._seen.append(inputs[0].detach())
+            self._seen.append((inputs[0] if inputs else named["input_ids"]).detach())
 
     def _end_step(self, model: nn.Module, optimizer: object) -> None:
         if self._optimizer is None:

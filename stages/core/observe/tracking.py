@@ -35,7 +35,7 @@ MIRROR_FILE = "mirror.json"
 HISTORY_FILE = "history.jsonl"
 PARENT_FILE = "execution.json"
 
-_SECONDS_BETWEEN_PUSHES = 1.0
+_SECONDS_BETWEEN_PUSHES = 5.0  # the thread that sends takes turns with the one that trains
 _SECONDS_TO_WAIT_AT_THE_END = 30.0
 _SECONDS_TO_WAIT_WHEN_INTERRUPTED = 3.0
 _POINTS_PER_BATCH = 900  # MLflow takes at most 1000 metrics in one call

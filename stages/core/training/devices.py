@@ -183,6 +183,15 @@ class Devices:
         torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
         return tuple(map(bool, raised.tolist()))
 
+    def check_alone(self, problem: str) -> None:
+        """Refuse to go on after a problem that one process has and the others wait for.
+
+        Raises:
+            UserError: if there are others.
+        """
+        if self.mesh is not None:
+            raise UserError(f"{problem} in one of several processes; lower batch_tokens, or spread the model further")
+
     def meet(self) -> None:
         """Wait until all processes have come here."""
         if self.mesh is not None:

@@ -232,6 +232,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                self.devices.check_alone(f"step {position.step}: out of memory")
             # Outside of the exception, whose traceback holds on to what has to go.
             halve_micro_batches(position, tensors)
             self._say(f"step {position.step}: out of memory; from here on in {position.parts} parts of the same batch")
