@@ -14,9 +14,10 @@ import transformers
 import yaml
 from tokenizers import Tokenizer
 
+from benchmarks.methods.declared import changed
 from benchmarks.training.arithmetic import count_arithmetic, mean_context, product_shapes
 from benchmarks.training.engine import run_stage
-from benchmarks.training.settings import SHARED, finetune_params, override, pretrain_params
+from benchmarks.training.settings import SHARED, finetune_params, pretrain_params
 from stages.core.artifacts import ARTIFACTS, read_json, write_json, write_manifest
 from stages.core.checkpoints import WEIGHTS_FILE, copy_tokenizer, load_tokenizer
 from stages.core.encoding import TOKENIZER_FILE
@@ -61,7 +62,7 @@ def prepare_pretraining(
     pandas.DataFrame({"text": [text for text, _ in train]}).to_parquet(corpus / "corpus.parquet", index=False)
     write_manifest(corpus)
     taken = {"acquire.checkpoint": {"kind": "local", "path": str(CHECKPOINT)}, "tokenize.tokenizer.kind": "checkpoint"}
-    base = override(pretrain_params(params, steps, blocks * length, _SPARE_BLOCKS / blocks), taken)
+    base = changed(pretrain_params(params, steps, blocks * length, _SPARE_BLOCKS / blocks), taken)
     base["tokenize"] |= {"tokenizer": {"kind": "checkpoint"}, "block_length": length, "maximum_length": length}
     _write_params(base, folder)
     run_stage("tokenize", folder)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.methods.declared import NOTHING
-from stages.core.errors import UserError
+from benchmarks.methods.declared import NOTHING, changed
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def pretrain_params(base: Mapping[str, Any], steps: int, corpus_tokens: int, hel
         corpus_tokens: to pack, held-out ones included.
         heldout: share of the blocks that the stage keeps for its own evaluation, which the clock leaves out.
     """
-    return override(
+    return changed(
         base,
         {
             "tokenize.block_length": SHARED.block_length,
@@ -68,7 +66,7 @@ def pretrain_params(base: Mapping[str, Any], steps: int, corpus_tokens: int, hel
 
 def finetune_params(base: Mapping[str, Any]) -> dict[str, Any]:
     """Params of a fine-tuning run: cross-entropy and AdamW, none of the extras that the Trainer lacks."""
-    return override(
+    return changed(
         base,
         {
             **NOTHING,
@@ -92,21 +90,3 @@ def _optimizer(stage: str, batch_tokens: int, learning_rate: float) -> dict[str,
         f"{stage}.optimizer.maximum_gradient_norm": SHARED.maximum_gradient_norm,
         f"{stage}.optimizer.precision": SHARED.precision,
     }
-
-
-def override(params: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy nested params with some values changed, by dotted name.
-
-    Raises:
-        UserError: if a name is not in the params, so that a renamed one cannot go unnoticed.
-    """
-    changed: dict[str, Any] = copy.deepcopy(dict(params))
-    for name, value in values.items():
-        *path, last = name.split(".")
-        section: Any = changed
-        for part in path:
-            section = section.get(part) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or last not in section:
-            raise UserError(f"params: there is no {name}; benchmarks/training/settings.py must name it as it is now")
-        section[last] = value
-    return changed

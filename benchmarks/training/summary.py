@@ -137,6 +137,11 @@ def loss_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> d
     }
 
 
+def no_worse(difference: Mapping[str, float] | None) -> bool:
+    """Whether a loss is no higher than another but for what a seed alone does; where none was told, nothing says so."""
+    return difference is None or difference["mean"] <= difference["spread"]
+
+
 def reached_ratio(ours: FinetuneRow, theirs: FinetuneRow) -> dict[str, float] | None:
     """How many times sooner we reach the accuracy, over the seeds where both do; None if there is none."""
     both = [(mine, other) for mine, other in zip(ours.seconds, theirs.seconds, strict=True) if mine and other]
@@ -152,7 +157,8 @@ def targets(pretrain: Sequence[PretrainRow], finetune: Sequence[FinetuneRow]) ->
         for row in others:
             ratio = ratios(mine.tokens_per_second, row.tokens_per_second)
             what = f"pretraining, tokens a second against {row.contender.title}"
-            found.append(Target(what, "2.5 x", ratio, ratio["median"] >= 2.5))
+            met = ratio["median"] >= 2.5 and no_worse(loss_difference(mine.heldout, row.heldout))
+            found.append(Target(what, "2.5 x at a held-out loss no higher", ratio, met))
     own = next((row for row in finetune if row.contender.headroom), None)
     for other in _named_first([row for row in finetune if not row.contender.headroom], TARGET_FINETUNE):
         sooner = reached_ratio(own, other) if own else None

@@ -332,7 +332,7 @@ def distillation_recipe(
         prepare=lambda batch: lesson_batch(lesson, batch),
         loss=lambda tensors: student_loss(student, task, lesson, layers, tensors),
         evaluate=lambda: judge(student, task, metric, validation, lesson.pad_id),
-        tokens={token for row in lesson.examples.input_ids for token in row},
+        tokens={lesson.pad_id, *(token for row in lesson.examples.input_ids for token in row)},
     )
 
 

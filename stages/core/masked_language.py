@@ -37,7 +37,7 @@ def chosen_logits(model: Any, seen: Tensor, chosen: Tensor, **inputs: Tensor) ->
     """Logits [chosen, vocabulary] at the chosen positions only.
 
     Args:
-        model: a transformers model with a masked-language head.
+        model: a transformers model with a language-model head.
         seen: token ids, [texts, length].
         chosen: where the model must guess, bool [texts, length].
         inputs: further arguments of the model, such as `attention_mask` where something is padded.

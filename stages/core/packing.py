@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -35,9 +35,14 @@ def attention_within(documents: Tensor) -> Tensor:
 def positions_within(documents: Tensor, first: int = 0) -> Tensor:
     """Positions [blocks, length] that start anew with each document, which must be one run of a block's tokens."""
     places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    return places - torch.where(starts_of(documents), places, 0).cummax(dim=1).values + first
+
+
+def starts_of(documents: Tensor) -> Tensor:
+    """Which tokens are the first of their document, or of the padding. Bool [blocks, length]."""
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return places - torch.where(starts, places, 0).cummax(dim=1).values + first
+    return starts
 
 
 def first_position(model: nn.Module) -> int:
@@ -48,17 +53,38 @@ def first_position(model: nn.Module) -> int:
     return 0
 
 
-def check_packable(model: nn.Module) -> None:
-    """Check that a model can be told where each document of a block begins.
+@torch.no_grad()
+def check_packable(model: nn.Module, length: int, backwards: bool = False) -> None:
+    """Check that a model answers for a document in a block as for the document alone, by trying it.
+
+    Args:
+        model: a transformers language model.
+        length: of a block.
+        backwards: whether a token may look at those before it only.
 
     Raises:
-        UserError: if it cannot.
+        UserError: if it does not: it takes no positions, or has attention of its own kind.
     """
+    refusal = UserError(
+        f"params.yaml: tokenize.documents: {type(model).__name__} cannot keep the documents of a block apart; "
+        "set it to joined"
+    )
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UserError(
-            f"params.yaml: tokenize.documents: {type(model).__name__} takes no positions, so the documents of a block "
-            "cannot be kept apart; set it to joined"
-        )
+        raise refusal
+    training, vocabulary = model.training, cast(Any, model).config.vocab_size
+    ids = (torch.arange(length) % vocabulary).unsqueeze(0)
+    model.eval()
+    try:
+        for first in (length // 4, 0):  # with another document before it, and with a block of its own
+            documents = (torch.arange(length) >= first).long().unsqueeze(0)
+            packed = model(input_ids=ids, **packed_inputs(model, documents, backwards)).logits[:, first:]
+            alone = model(input_ids=ids[:, first:]).logits
+            if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
+                raise refusal
+    except (RuntimeError, ValueError, TypeError):
+        raise refusal from None
+    finally:
+        model.train(training)
 
 
 def packed_inputs(model: nn.Module, documents: Tensor | None, backwards: bool = False) -> dict[str, Any]:
@@ -72,7 +98,10 @@ def packed_inputs(model: nn.Module, documents: Tensor | None, backwards: bool = 
     if documents is None:
         return {}
     within = attention_within(documents)
+    mask = within.tril() if backwards else within
+    if cast(Any, model).config._attn_implementation == "eager":  # which adds its mask to the scores
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
     return {
-        "attention_mask": within.tril() if backwards else within,
+        "attention_mask": mask,
         "position_ids": positions_within(documents, first_position(model)),
     }

@@ -1381,6 +1381,18 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _training_that_goes_together(self) -> Self:
+        finetune, parallel = self.finetune, self.training.parallel
+        if finetune.adversarial is not None and finetune.adversarial.kind == "freelb" and self.training.compile:
+            raise ValueError(
+                "training.compile does not see what finetune.adversarial.kind freelb does; take one of them"
+            )
+        adalora = finetune.efficient is not None and finetune.efficient.kind == "adalora"
+        if adalora and parallel is not None and parallel.shards > 1:
+            raise ValueError("finetune.efficient.kind adalora needs whole weights; set training.parallel.shards to 1")
+        return self
+
+    @model_validator(mode="after")
     def _synonyms_come_from_somewhere(self) -> Self:
         edits = self.finetune.augmentation.edits
         wanted = {

@@ -334,9 +334,10 @@ def _seed(seed: int) -> None:
 
 
 def _state_key(name: str, params: Params, inputs: Mapping[str, Path]) -> str:
-    """Name everything that decides a result: inputs, params and the checkpoints they name, and code; resume state of
-    anything else is stale. How often states are saved, and by how many processes,
-    may change between a run and its resumption.
+    """Name everything that decides a result: inputs, params and the checkpoints they name, and code.
+
+    Resume state of anything else is stale. How often states are saved, and by how many processes, may change between a
+    run and its resumption.
     """
     values = params.model_dump_json(exclude={"tracking": True, "training": {"saves", "parallel"}})
     code = [file_sha256(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]

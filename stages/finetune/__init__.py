@@ -7,7 +7,7 @@ A fresh head on the checkpoint, all weights trained; early stopping on validatio
 generalize, each one value of `finetune` in `params.yaml`:
 
 - Weight decay: AdamW's is decoupled, weights shrink by a share of themselves and not by their gradient (1711.05101);
-  with plain SGD it is L2 regularization. Biases and norms are left out.
+  with SGD and Adam it is L2 regularization. Biases and norms are left out.
 - Dropout: the checkpoint's own, or one value for every layer (Srivastava et al., JMLR 2014).
 - Label smoothing: a share of every label is spread over all classes (1512.00567).
 - R-Drop: two passes with different dropout must agree, by the divergence between their answers (2106.14448). Both run

@@ -24,7 +24,7 @@ from stages.finetune.augmentation import add_copies
 from stages.finetune.efficient import count_trained, make_efficient
 from stages.finetune.layers import learning_rate_shares, reinitialize, set_dropout
 from stages.finetune.losses import batch_loss, loss_options
-from stages.finetune.mixup import with_partners
+from stages.finetune.mixup import check_mixable, with_partners
 from stages.finetune.repeats import folds_of, joined, spread
 from stages.finetune.self_training import Learned, load_pool, self_train
 
@@ -109,6 +109,8 @@ def _fit(
     labels, options = load_labels(data), loss_options(params, examples.labels.tolist(), len(load_labels(data)))
     examples = add_copies(examples, params.augmentation, data, run.inputs["model"], run.inputs.get("lexicon"), seed)
     model: Any = task.build_model(run.inputs["model"], labels)
+    if params.mixup:
+        check_mixable(model)
     reinitialize(model, params.reinitialized_layers)
     set_dropout(model, params.dropout)
     lengths = [len(row) for row in examples.input_ids]
@@ -139,7 +141,7 @@ def _fit(
         loss=loss,
         evaluate=evaluate,
         patience=params.patience,
-        tokens={token for row in examples.input_ids for token in row},
+        tokens={pad_id, *(token for row in examples.input_ids for token in row)},
         learning_rate_scale=learning_rate_shares(
             [name for name, _ in model.named_parameters()], params.layer_decay
         ).__getitem__,

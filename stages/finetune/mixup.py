@@ -7,12 +7,28 @@ cut into parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy
 import torch
+import transformers
 from torch import Tensor, nn
 
+from stages.core.errors import UserError
 from stages.core.training.recipe import Tensors
+
+
+def check_mixable(model: Any) -> None:
+    """Check that a model's classifier knows where a text of embeddings ends.
+
+    Raises:
+        UserError: if it finds the end by the ids of the tokens, as the classifiers of decoders do.
+    """
+    if type(model.config) not in transformers.AutoModelForMaskedLM._model_mapping:
+        raise UserError(
+            f"params.yaml: finetune.mixup: the classifier of {model.config.model_type} finds the end of a text by its "
+            "tokens, and mixed texts have none; set it to 0.0"
+        )
 
 
 def with_partners(tensors: Tensors, alpha: float, seed: Sequence[int]) -> Tensors:

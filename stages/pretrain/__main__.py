@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.core.checkpoints import count_parameters, extend_lineage, load_tokenizer, save_model
 from stages.core.errors import UserError
-from stages.core.packing import check_packable
+from stages.core.packing import check_packable, starts_of
 from stages.core.stage import StageRun, command
 from stages.core.tensors import to_device
 from stages.core.training.loop import train
@@ -46,7 +46,8 @@ class Pretraining:
                 f"params.yaml: tokenize.documents: pretrain.objective.kind {self.params.objective.kind} reads a block "
                 "as one text; set it to joined"
             )
-        check_packable(self.objective.model)
+        causal = self.params.objective.kind == "causal"
+        check_packable(self.objective.handed_on()["model"], self.blocks.length, backwards=causal)
 
     def batches(self, index: int) -> list[list[int]]:
         """Batches of one part of the run."""
@@ -64,7 +65,10 @@ class Pretraining:
         """Held-out figures, the mean over batches; chance is the same every time."""
         starts = range(0, len(self.blocks.heldout), _HELDOUT_BATCH)
         measured = [self._measure(slice(start, start + _HELDOUT_BATCH)) for start in starts]
-        figures = {name: _mean([batch[name] for batch in measured if name in batch]) for name in measured[0]}
+        names = dict.fromkeys(name for batch in measured for name in batch)
+        if not names:
+            raise UserError("params.yaml: tokenize.corpus_tokens: the held-out blocks have nothing to guess; raise it")
+        figures = {name: _mean([batch[name] for batch in measured if name in batch]) for name in names}
         loss = figures["heldout_loss"]
         told = language_figures(loss, self.bytes_per_token) if self.objective.vocabulary_head else {}
         return -loss, figures | told
@@ -73,8 +77,8 @@ class Pretraining:
     def _measure(self, rows: slice) -> dict[str, float]:
         generator = torch.Generator().manual_seed(_HELDOUT_SEED + rows.start)
         tensors = self.objective.prepare(self.blocks.heldout[rows], 0.0, generator)
-        documents = _documents(self.blocks.heldout_documents, rows)
-        return self.objective.measure(to_device({**tensors, **documents}, self.objective.model))
+        whole = {**tensors, **_documents(self.blocks.heldout_documents, rows)}
+        return self.objective.measure(to_device(whole, self.objective.model)) if self.objective.weight(whole) else {}
 
     def _bytes_per_token(self, tokenizer: Any) -> float | None:
         """Bytes of text for each token that the held-out loss may fall on; None where it falls on other tokens."""
@@ -82,6 +86,9 @@ class Pretraining:
         scored = self.objective.scored(rows)
         if scored is None:
             return None
+        if self.blocks.heldout_documents is not None:
+            documents = self.blocks.heldout_documents[:64]
+            scored = scored & (documents >= 0) & ~starts_of(documents)
         texts: Sequence[str] = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
         return sum(len(text.encode()) for text in texts) / max(int(scored.sum()), 1)
 

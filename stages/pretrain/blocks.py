@@ -29,6 +29,7 @@ class Blocks:
         self.length = self.train.shape[1] if len(self.train) else _SHORTEST_BLOCK
         self.per_batch = max(1, batch_tokens // self.length)
         self._steps, self._seed = steps, seed
+        self._known: tuple[int, numpy.ndarray] | None = None
         self.train_documents = load_documents(folder / "train.parquet")
         self.heldout_documents = load_documents(folder / "heldout.parquet")
 
@@ -46,7 +47,9 @@ class Blocks:
         return [step, *(int(self._order(p // count)[p % count]) for p in positions)]
 
     def _order(self, epoch: int) -> numpy.ndarray:
-        return numpy.random.default_rng([self._seed, epoch]).permutation(len(self.train))
+        if self._known is None or self._known[0] != epoch:
+            self._known = (epoch, numpy.random.default_rng([self._seed, epoch]).permutation(len(self.train)))
+        return self._known[1]
 
 
 def load_blocks(path: Path) -> Tensor:

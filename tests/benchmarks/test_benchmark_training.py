@@ -24,7 +24,7 @@ from benchmarks.training.page import BEGIN, END, put_between, render
 from benchmarks.training.peer import group
 from benchmarks.training.picture import draw
 from benchmarks.training.profile import OTHER, kind_of, seconds_by_kind
-from benchmarks.training.settings import finetune_params, override, pretrain_params
+from benchmarks.training.settings import finetune_params, pretrain_params
 from benchmarks.training.summary import (
     finetune_row,
     loss_difference,
@@ -220,11 +220,9 @@ def test_a_name_that_fits_nobody_is_refused() -> None:
 @pytest.mark.parametrize("preset", ["questions", "reviews"])
 def test_the_changed_params_are_valid(preset: str) -> None:
     base = yaml.safe_load((ROOT / "presets" / f"{preset}.yaml").read_text())
-    changed = parse_params(pretrain_params(base, 16, 4096, 0.1), "params")
-    assert (changed.pretrain.steps, changed.tokenize.block_length) == (16, 128)
+    params = parse_params(pretrain_params(base, 16, 4096, 0.1), "params")
+    assert (params.pretrain.steps, params.tokenize.block_length) == (16, 128)
     assert parse_params(finetune_params(base), "params").finetune.label_smoothing == 0.0
-    with pytest.raises(UserError, match=r"no pretrain\.stepps"):
-        override(base, {"pretrain.stepps": 1})
 
 
 def test_stages_are_called_as_dvc_calls_them() -> None:

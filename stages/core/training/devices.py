@@ -32,7 +32,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from stages.core.errors import UserError
 from stages.core.hardware import TrainingPrecision
-from stages.core.launch import check_processes, is_first_process, process_count
+from stages.core.launch import check_processes, is_first_of_machine, is_first_process, process_count
+from stages.core.observe.progress import say
 from stages.core.params import ParallelParams
 from stages.core.training.pipeline_parallel import Pipeline, PipelinePart, check_pipeline
 from stages.core.training.precision import autocast, build_accelerator, clip_gradients
@@ -189,8 +190,12 @@ class Devices:
         Raises:
             UserError: if there are others.
         """
-        if self.mesh is not None:
-            raise UserError(f"{problem} in one of several processes; lower batch_tokens, or spread the model further")
+        if self.mesh is None:
+            return
+        line = f"{problem} in one of several processes; lower batch_tokens, or spread the model further"
+        if not is_first_of_machine():  # the stage tells errors in that one alone
+            say(line)
+        raise UserError(line)
 
     def meet(self) -> None:
         """Wait until all processes have come here."""

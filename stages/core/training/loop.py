@@ -7,6 +7,7 @@ skipped, undone or done again in smaller parts; see `faults` and `memory`.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -41,7 +42,7 @@ from stages.core.training.processors import quick_on_processors
 from stages.core.training.recipe import Batch, Position, Recipe, Tensors, split
 from stages.core.training.schedules import rate_share
 from stages.core.training.state import Saved, SavedStates, Stateful
-from stages.core.training.throughput import Meter
+from stages.core.training.throughput import Meter, count_labels
 
 _STEPS_BETWEEN_LIVE_POINTS = 10
 
@@ -107,8 +108,11 @@ class Trainer:
     def _prepare_steps(self, stack: ExitStack) -> None:
         """Cut batches as the memory budget asks, and compile the loss if params say so."""
         params, position = self.run.params.training, self.position
-        if position.round >= self.recipe.rounds or not (batches := self.recipe.batches(position.round)):
+        every_round = (self.recipe.batches(index) for index in range(self.recipe.rounds))
+        batches = next((batches for batches in every_round if batches), None)
+        if position.round >= self.recipe.rounds or batches is None:
             return
+        # The first batch of all, also where the run goes on from later: what is chosen here must be the same again.
         first = to_device(self.recipe.prepare(batches[0]), self.model)
         examples = len(next(iter(first.values())))
         self.model.train()
@@ -117,7 +121,8 @@ class Trainer:
         )
         position.parts = max(parts, position.parts)
         if params.compile:
-            self.loss, values = compile_loss(self.loss, lambda loss: self.devices.add_gradients(loss, first, 1.0))
+            part = split(first, position.parts)[0]
+            self.loss, values = compile_loss(self.loss, lambda loss: self.devices.add_gradients(loss, part, 1.0))
             self.run.record.log(position.step, {f"{self.phase}_{name}": value for name, value in values.items()})
             self._say(
                 f"compiled in {values['compile_seconds']:.1f} s: {values['compiled_steps']:.2f} steps a "
@@ -165,23 +170,31 @@ class Trainer:
         self._set_learning_rate()
         self.devices.seed(position.step)
         value = self._gradients(tensors)
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            position.step += 1  # nothing in the batch has a label
+            return
         norm = self.devices.clip(self.model, self.optimizer, self.recipe.optimizer.maximum_gradient_norm)
         step = Step(value, norm)
         fault = find_fault(step, position.faults, params, self.scaler.is_enabled())
         if fault is None:
             self.scaler.step(self.optimizer)
             remember_good_step(position.faults, value, params.window)
-            self.average.update(position.step + 1)
-            if self.recipe.after_step is not None:
-                self.recipe.after_step(position.step + 1)
+            if math.isfinite(norm):  # where it is not, the scaler has left the step out
+                self._follow_step(position.step + 1)
             position.loss_sum += value
             position.loss_count += 1
-            self.meter.add(tensors, self.recipe.weight(tensors))
+            self.meter.add(tensors, count_labels(tensors))
             self._log_live(position.step + 1, value)
         else:
             self._skip(fault, step, tensors, batch)
         self.scaler.update()
         position.step += 1
+
+    def _follow_step(self, taken: int) -> None:
+        """Do what follows a step that was taken."""
+        self.average.update(taken)
+        if self.recipe.after_step is not None:
+            self.recipe.after_step(taken)
 
     def _log_live(self, step: int, loss: float) -> None:
         """Every few steps, add the loss and the speed to the live curves."""

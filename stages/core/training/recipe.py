@@ -80,8 +80,6 @@ class Faults:
     """Losses of the last good steps."""
     first_highest: float = -math.inf
     """The highest loss of the first window."""
-    tokens: Collection[int] | None = None
-    """Every token id that a batch can hold, where that is known: the embeddings of no others are trained."""
 
 
 @dataclass

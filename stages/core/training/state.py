@@ -103,7 +103,7 @@ class SavedStates:
         except UserError as error:
             reason = str(error).partition(";")[0]
             self._say(f"a saved state is damaged and left out, the one before it counts ({reason})")
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process of the run may have been faster
             return None
         state: dict[str, Any] = _put_together(
             read_json(folder / _VALUES), safetensors.torch.load_file(folder / _TENSORS)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.core.hardware import TrainingPrecision
 from stages.core.products import product_rate
-from stages.core.training.recipe import Position, Tensors
+from stages.core.training.recipe import Position, Tensors, count_examples
 
 _DTYPES: dict[TrainingPrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,12 +39,17 @@ class Arithmetic:
     """Layers times width: of the products among activations, per pair of tokens."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Arithmetic:
-        """Read it from the parts of a model that are matrix products; layers that share weights count each time."""
-        whole = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-        if whole is None:
+    def of(cls, model: nn.Module) -> Arithmetic | None:
+        """Read it from the parts of a model that are matrix products; layers that share weights count each time.
+
+        None where tokens do not all go through the same weights: with a decoder beside an encoder, or several models.
+        """
+        outermost = _outermost(model)
+        if not outermost:
             return cls(float(sum(map(_weights, model.modules()))), 0.0, 0.0)
-        config: Any = whole.config
+        whole, config = outermost[0], cast(Any, outermost[0].config)
+        if len(outermost) > 1 or config.is_encoder_decoder:
+            return None
         base: nn.Module = whole.base_model
         counted = {id(part) for name, part in base.named_modules() if "pooler" not in name}
         body = sum(_weights(part) for part in model.modules() if id(part) in counted)
@@ -63,12 +68,19 @@ class Arithmetic:
         return 6.0 * (self.body * tokens + self.head * labels) + 12.0 * self.attention * pairs
 
 
+def _outermost(model: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models that a model is made of, not those within them."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [found for child in model.children() for found in _outermost(child)]
+
+
 def _weights(part: nn.Module) -> int:
     return part.weight.numel() if isinstance(part, nn.Linear | Conv1D) else 0
 
 
 def count_tokens(tensors: Tensors) -> tuple[float, float]:
-    """Count the tokens of a batch that are no padding, and the ordered pairs of tokens within its rows."""
+    """Count the tokens of a batch that are no padding, and the ordered pairs of tokens of one text."""
     lengths = _lengths(tensors).double()
     return float(lengths.sum()), float(lengths.square().sum())
 
@@ -77,7 +89,9 @@ def _lengths(tensors: Tensors) -> torch.Tensor:
     if "attention_mask" in tensors:
         return tensors["attention_mask"].flatten(1).sum(1)
     if "documents" in tensors:
-        return (tensors["documents"] >= 0).sum(1)
+        documents = tensors["documents"]
+        numbers = documents + torch.arange(len(documents)).unsqueeze(1) * documents.shape[1]
+        return numbers[documents >= 0].bincount()
     rows = next(iter(tensors.values()))
     return torch.full((len(rows),), rows.shape[1] if rows.ndim > 1 else 1)
 
@@ -86,6 +100,11 @@ def _lengths(tensors: Tensors) -> torch.Tensor:
 def ceiling(precision: TrainingPrecision, device: str) -> float:
     """Operations a second that the device can do at most; measured once a process, in half a second."""
     return product_rate(_DTYPES[precision], device)
+
+
+def count_labels(tensors: Tensors) -> float:
+    """Count the positions of a batch that have a label, or its texts where the label is of the text."""
+    return float(tensors["chosen"].sum()) if "chosen" in tensors else count_examples(tensors)
 
 
 class Meter:
@@ -112,18 +131,22 @@ class Meter:
         """Count a batch that was trained on."""
         tokens, pairs = count_tokens(tensors)
         self._tokens += tokens
-        self._operations += self._arithmetic.operations(tokens, pairs, labels)
+        if self._arithmetic is not None:
+            self._operations += self._arithmetic.operations(tokens, pairs, labels)
 
     def read(self) -> dict[str, float]:
         """Speed since the last reading, and the seconds trained so far, so that time to any loss can be read off."""
         self._tick()
         speed = self._tokens / self._seconds
-        most = ceiling(self._precision, self._device) * self._processes
-        share = self._operations / self._seconds / most
+        told = {"tokens_per_second": speed, "seconds": self._position.seconds}
+        self.shown = f"{speed:,.0f} tokens/s"
+        if self._arithmetic is not None:
+            most = ceiling(self._precision, self._device) * self._processes
+            told["flops_utilization"] = self._operations / self._seconds / most
+            self.shown += f", {told['flops_utilization']:.0%} of {self._precision} products"
         self._tokens = self._operations = self._seconds = 0.0
         self._since = time.perf_counter()  # the ceiling took time to measure
-        self.shown = f"{speed:,.0f} tokens/s, {share:.0%} of {self._precision} products"
-        return {"tokens_per_second": speed, "flops_utilization": share, "seconds": self._position.seconds}
+        return told
 
     def _tick(self) -> None:
         now = time.perf_counter()

@@ -69,6 +69,14 @@ class Task:
         overflows = self.optimizer.precision == "fp16" and self.calls == OVERFLOW_AT
         return loss * (1e38 if overflows else 1.0)
 
+    def position_of(self, tensors: Tensors) -> int:
+        """Which batch of its round these tensors are."""
+        for index in range(ROUNDS):
+            for place, batch in enumerate(self.batches(index)):
+                if torch.equal(self.rows[batch], tensors["rows"]):
+                    return place
+        return -1
+
     def evaluate(self) -> tuple[float, dict[str, float]]:
         self.judged.append(weights_of(self.model))
         return float(len(self.judged)), {}
@@ -146,3 +154,17 @@ def test_what_is_judged_and_kept_is_the_average(keep_best: bool, tmp_path: Path)
     again.fit(keep_best=keep_best)  # from the state of a finished run
     assert again.calls == 0
     assert torch.equal(weights_of(again.model), averaged.judged[-1])
+
+
+def test_nothing_follows_a_step_that_the_scaler_left_out(tmp_path: Path) -> None:
+    followed: list[int] = []
+    Task(optimizer("adamw", "fp16", 0.9), tmp_path).fit(after_step=followed.append)
+    assert followed == [step for step in range(1, ROUNDS * TEXTS // BATCH + 1) if step != OVERFLOW_AT]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_batch_without_a_label_is_passed_over(precision: str, tmp_path: Path) -> None:
+    task = Task(optimizer("adamw", precision), tmp_path)
+    position = task.fit(weight=lambda tensors: float(task.position_of(tensors) != 3))
+    assert position.step == ROUNDS * TEXTS // BATCH
+    assert task.calls == position.step - ROUNDS  # one of each round's batches

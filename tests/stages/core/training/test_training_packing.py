@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,8 +12,9 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.core.errors import UserError
 from stages.core.masked_language import chosen_logits
-from stages.core.packing import attention_within, packed_inputs, positions_within
+from stages.core.packing import attention_within, check_packable, packed_inputs, positions_within
 from stages.core.training.processors import quick_on_processors
 from stages.tokenize.pack import pack_apart
 
@@ -83,6 +85,39 @@ def test_logits_of_packed_documents_are_those_they_have_alone() -> None:
         packed = chosen_logits(model, blocks, documents == 1, **packed_inputs(model, documents))
         alone = model(input_ids=blocks[documents == 1].unsqueeze(0)).logits[0]
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_that_adds_its_mask_keeps_documents_apart_too() -> None:
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS["bert"])
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForMaskedLM.from_config(config).eval()
+    check_packable(model, 24)
+    blocks, documents = (torch.from_numpy(part).long() for part in pack_apart(ROWS[1:3], 3, 2, 0, 9))
+    with torch.no_grad():
+        packed = model(input_ids=blocks, **packed_inputs(model, documents)).logits[documents == 1]
+        alone = model(input_ids=blocks[documents == 1].unsqueeze(0)).logits[0]
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_models_that_keep_documents_apart_are_taken(family: str) -> None:
+    model = transformers.AutoModelForMaskedLM.from_config(CONFIGS[family]).train()
+    before = torch.get_rng_state()
+    check_packable(model, 24)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_window_of_attention_that_the_mask_would_replace_is_refused() -> None:
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS["modernbert"])
+    config.local_attention = 4
+    model = transformers.AutoModelForMaskedLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(UserError, match="ModernBertForMaskedLM cannot keep the documents of a block apart"):
+        check_packable(model, 24)
 
 
 def test_joined_documents_are_not_alone() -> None:

@@ -49,10 +49,21 @@ def test_other_products_count_too() -> None:
     assert Arithmetic.of(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))) == Arithmetic(16.0, 0.0, 0.0)
 
 
+def test_what_has_two_kinds_of_tokens_or_models_is_not_counted() -> None:
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1))
+    assert Arithmetic.of(t5) is None
+    pair = nn.ModuleDict({"one": transformers.BertModel(CONFIG), "other": transformers.BertModel(CONFIG)})
+    assert Arithmetic.of(pair) is None
+    meter = Meter(pair, "fp32", "cpu", 1)
+    with meter.running(Position()):
+        meter.add({"targets": torch.zeros(5)}, labels=5.0)
+        assert set(meter.read()) == {"tokens_per_second", "seconds"}
+
+
 def test_padding_counts_for_nothing() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     assert count_tokens({"input_ids": mask, "attention_mask": mask}) == (4.0, 10.0)
-    assert count_tokens({"seen": mask, "documents": torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0]])}) == (7.0, 25.0)
+    assert count_tokens({"seen": mask, "documents": torch.tensor([[0, 0, 1, -1], [0, 0, 0, 0]])}) == (7.0, 21.0)
     assert count_tokens({"seen": mask}) == (8.0, 32.0)
     assert count_tokens({"targets": torch.zeros(5)}) == (5.0, 5.0)
 
