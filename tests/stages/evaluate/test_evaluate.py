@@ -62,7 +62,8 @@ MakeRun = Callable[..., StageRun]
 def small_ceilings() -> Iterator[None]:
     """Small matrices: the ceilings of the machine that runs the tests are nobody's business."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.core.ceilings._SIZE", 256)
+        for module in ("ceilings", "products"):
+            patch.setattr(f"stages.core.{module}.SIZE", 256)
         yield
 
 
