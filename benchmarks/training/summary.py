@@ -137,9 +137,9 @@ def loss_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> d
     }
 
 
-def no_worse(difference: Mapping[str, float] | None) -> bool:
-    """Whether a loss is no higher than another but for what a seed alone does; where none was told, nothing says so."""
-    return difference is None or difference["mean"] <= difference["spread"]
+def no_worse(difference: Mapping[str, float]) -> bool:
+    """Whether a loss is no higher than another but for what a seed alone does."""
+    return difference["mean"] <= difference["spread"]
 
 
 def reached_ratio(ours: FinetuneRow, theirs: FinetuneRow) -> dict[str, float] | None:
@@ -157,8 +157,10 @@ def targets(pretrain: Sequence[PretrainRow], finetune: Sequence[FinetuneRow]) ->
         for row in others:
             ratio = ratios(mine.tokens_per_second, row.tokens_per_second)
             what = f"pretraining, tokens a second against {row.contender.title}"
-            met = ratio["median"] >= 2.5 and no_worse(loss_difference(mine.heldout, row.heldout))
-            found.append(Target(what, "2.5 x at a held-out loss no higher", ratio, met))
+            difference = loss_difference(mine.heldout, row.heldout)
+            wanted = "2.5 x at a held-out loss no higher" if difference else "2.5 x; no loss was told"
+            met = ratio["median"] >= 2.5 and (difference is None or no_worse(difference))
+            found.append(Target(what, wanted, ratio, met))
     own = next((row for row in finetune if row.contender.headroom), None)
     for other in _named_first([row for row in finetune if not row.contender.headroom], TARGET_FINETUNE):
         sooner = reached_ratio(own, other) if own else None

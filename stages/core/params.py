@@ -31,6 +31,13 @@ ParallelAxis = Literal["data", "shards", "tensor", "pipeline"]
 _OWN_COLUMNS = ("text", "label", "input_ids")
 
 
+def _check_pattern(pattern: str, name: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} is no regular expression: {error}") from None
+
+
 class Section(BaseModel):
     """A part of `params.yaml`: immutable, typed strictly, closed to unknown keys."""
 
@@ -573,10 +580,7 @@ class SelfTrainingParams(Section):
 
     @model_validator(mode="after")
     def _pattern_is_one(self) -> Self:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"pattern is no regular expression: {error}") from None
+        _check_pattern(self.pattern, "pattern")
         return self
 
 
@@ -750,6 +754,11 @@ class TransferParams(Section):
     """Regular expression that a corpus text must contain; "." takes any."""
     noise: NoiseParams
     augmentation: AugmentationParams
+
+    @model_validator(mode="after")
+    def _pattern_is_one(self) -> Self:
+        _check_pattern(self.pattern, "pattern")
+        return self
 
 
 class DistillWeights(Section):
@@ -1129,10 +1138,7 @@ class RuleParams(Section):
 
     @model_validator(mode="after")
     def _compiles(self) -> Self:
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"{self.name}: pattern {self.pattern!r} is no regular expression: {error}") from None
+        _check_pattern(self.pattern, f"{self.name}: pattern {self.pattern!r}")
         return self
 
 

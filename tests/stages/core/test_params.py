@@ -135,6 +135,7 @@ def test_the_nearest_valid_name_is_offered_at_the_place_the_file_has_it(path: st
             "evaluate.slices.rules[0]: money: pattern '(dollar' is no regular expression: missing ), "
             "unterminated subpattern",
         ),
+        ("distill.transfer.pattern", "(what", "distill.transfer: pattern is no regular expression: missing ), "),
         (
             "evaluate.slices.rules",
             [{"name": "money", "pattern": "dollar"}] * 2,

@@ -263,10 +263,13 @@ def test_a_second_run_over_the_same_output_is_refused(capsys: pytest.CaptureFixt
 def test_stages_with_other_outputs_run_side_by_side(params: Params) -> None:
     first, second = Path("artifacts/a"), Path("artifacts/a-b")
     with open_stage("clean", params, {}, first) as one, open_stage("tokenize", params, {}, second) as other:
+        (one.staging / "mine").write_text("one")
+        (other.staging / "mine").write_text("other")
         write_manifest(one.staging)
         write_manifest(other.staging)
     verify(first)
     verify(second)
+    assert [(folder / "mine").read_text() for folder in (first, second)] == ["one", "other"]
 
 
 def test_an_absolute_output_is_locked_within_the_project(project: Path, params: Params) -> None:

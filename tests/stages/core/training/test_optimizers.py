@@ -10,21 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from training_problem import BETAS
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from stages.core.errors import UserError
 from stages.core.params import OptimizerParams, load_params
 from stages.core.training.optimizers import MuonAndAdamW, build_optimizer, grouped, hidden_matrices
 
-BETAS = {
-    "sgd": [0.9],
-    "adam": [0.9, 0.999],
-    "adamw": [0.9, 0.999],
-    "adabelief": [0.9, 0.999],
-    "adafactor": [],
-    "lion": [0.9, 0.99],
-    "muon": [0.95, 0.9, 0.999],
-}
 KINDS = tuple(BETAS)
 RATE, DECAY = 0.1, 0.2
 

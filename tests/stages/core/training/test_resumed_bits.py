@@ -11,20 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training_problem import BETAS
 
 from stages.core.params import OptimizerParams, load_params
 from stages.core.training.loop import Trainer
 from stages.core.training.recipe import Batch, Position, Recipe, Tensors
 
-BETAS = {
-    "sgd": [0.9],
-    "adam": [0.9, 0.999],
-    "adamw": [0.9, 0.999],
-    "adabelief": [0.9, 0.999],
-    "adafactor": [],
-    "lion": [0.9, 0.99],
-    "muon": [0.95, 0.9, 0.999],
-}
 TINY = load_params(Path(__file__).parents[4] / "presets" / "tiny.yaml")
 TEXTS, BATCH, ROUNDS = 32, 8, 3
 OVERFLOW_AT = 2

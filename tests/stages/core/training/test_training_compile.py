@@ -9,25 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from training_problem import OPTIMIZER, TRAINING
 
-from stages.core.params import OptimizerParams, SaveParams, ScheduleParams, load_params
+from stages.core.params import SaveParams
 from stages.core.training.loop import train
 from stages.core.training.recipe import Batch, Recipe, Tensors
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-TRAINING = load_params(Path(__file__).parents[4] / "presets" / "tiny.yaml").training
 EVERY_STEP = SaveParams(seconds=0.0, steps=None, keep=1)
-OPTIMIZER = OptimizerParams(
-    kind="adamw",
-    betas=[0.9, 0.999],
-    batch_tokens=4,
-    learning_rate=0.05,
-    weight_decay=0.01,
-    schedule=ScheduleParams(kind="linear", warmup=0.1),
-    maximum_gradient_norm=1.0,
-    precision="fp32",
-    averaging=None,
-)
 
 
 class FakeRun:

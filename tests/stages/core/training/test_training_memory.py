@@ -8,32 +8,24 @@ from typing import Any, Literal
 
 import pytest
 import torch
+import training_problem
 import transformers
 from torch import nn
 
 from stages.core.errors import UserError
-from stages.core.params import OptimizerParams, ScheduleParams, TrainingParams, load_params
+from stages.core.params import TrainingParams
 from stages.core.training.loop import train
 from stages.core.training.memory import checkpointed, fitted_to_memory, saved_bytes
 from stages.core.training.processors import quick_on_processors
 from stages.core.training.recipe import Recipe
 
-TRAINING = load_params(Path(__file__).parents[4] / "presets" / "tiny.yaml").training
-OPTIMIZER = OptimizerParams(
-    kind="adamw",
-    betas=[0.9, 0.999],
-    batch_tokens=256,
-    learning_rate=0.01,
-    weight_decay=0.01,
-    schedule=ScheduleParams(kind="linear", warmup=0.1),
-    maximum_gradient_norm=1.0,
-    precision="fp32",
-    averaging=None,
-)
+OPTIMIZER = training_problem.OPTIMIZER.model_copy(update={"batch_tokens": 256, "learning_rate": 0.01})
 
 
 def _params(budget: int | None, checkpointing: Literal["auto"] | bool = "auto") -> TrainingParams:
-    return TRAINING.model_copy(update={"activation_checkpointing": checkpointing, "memory_budget_mb": budget})
+    return training_problem.TRAINING.model_copy(
+        update={"activation_checkpointing": checkpointing, "memory_budget_mb": budget}
+    )
 
 
 def _bert() -> Any:

@@ -31,6 +31,16 @@ TRAINING = load_params(Path(__file__).parents[4] / "presets" / "tiny.yaml").trai
 SAVES: dict[str, Any] = {"seconds": 60.0, "steps": None, "keep": 2}
 FAULTS: dict[str, Any] = {"spike": None, "window": 5, "skips": 2, "rollbacks": 2, "rate_factor": 0.5}
 ROUNDS, BATCHES = 3, 10
+BETAS: dict[str, list[float]] = {
+    "sgd": [0.9],
+    "adam": [0.9, 0.999],
+    "adamw": [0.9, 0.999],
+    "adabelief": [0.9, 0.999],
+    "adafactor": [],
+    "lion": [0.9, 0.99],
+    "muon": [0.95, 0.9, 0.999],
+}
+"""What each kind of optimizer takes."""
 
 
 class FakeRun:

@@ -11,23 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from training_problem import OPTIMIZER, TRAINING
 
-from stages.core.params import FaultParams, OptimizerParams, SaveParams, ScheduleParams, load_params
+from stages.core.params import FaultParams, SaveParams
 from stages.core.training.loop import train
 from stages.core.training.recipe import Batch, Position, Recipe, Tensors
 
-OPTIMIZER = OptimizerParams(
-    kind="adamw",
-    betas=[0.9, 0.999],
-    batch_tokens=4,
-    learning_rate=0.05,
-    weight_decay=0.01,
-    schedule=ScheduleParams(kind="linear", warmup=0.1),
-    maximum_gradient_norm=1.0,
-    precision="fp32",
-    averaging=None,
-)
-TRAINING = load_params(Path(__file__).parents[3] / "presets" / "tiny.yaml").training
 SAVES = SaveParams(seconds=60.0, steps=None, keep=2)
 FAULTS = FaultParams(spike=10.0, window=32, skips=3, rollbacks=3, rate_factor=0.5)
 
