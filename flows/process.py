@@ -20,7 +20,7 @@ from typing import IO, Literal
 import psutil
 
 from stages.core.artifacts import read_json
-from stages.core.observe.tracking import EXECUTION_VARIABLE, RUN_FILE, RUNS
+from stages.core.observe.tracking import EXECUTION_VARIABLE, MIRRORED_VARIABLE, RUN_FILE, RUNS
 
 Show = Callable[[str], None]
 Kind = Literal["ran", "cached", "refused", "interrupted", "fault", "broken"]
@@ -188,7 +188,8 @@ def _recorded_error(execution: str, stage: str) -> str:
 def _environment(execution: str, side_by_side: bool) -> dict[str, str]:
     folder = str(Path(sys.executable).parent)
     path = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", EXECUTION_VARIABLE: execution}
+    told = {EXECUTION_VARIABLE: execution, MIRRORED_VARIABLE: "1"}
+    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **told}
     if side_by_side:
         # PyTorch's threads spin while they wait for one another; spinning beside another stage made a training step
         # four times slower in the median and twenty times at worst, sleeping less than twice.

@@ -1,7 +1,8 @@
-"""What only the flow knows about a run, told to MLflow: cached stages, DVC's fingerprints, how it ended, the report.
+"""The runs of an execution, told to MLflow by the flow: what its stages record, while they run, and what only the flow
+knows: cached stages, DVC's fingerprints, how it ended, the report.
 
-Stages track themselves (`stages.core.observe.tracking`), under `dvc repro` as in the flow. Here too the files under
-`artifacts/.runs` come first and MLflow follows: what cannot be sent now is sent by the next run that reaches it.
+Stages write their records as files under `artifacts/.runs` (`stages.core.observe.tracking`) and MLflow follows: what
+cannot be sent now is sent once it answers again, by this run or a later one. Under `dvc repro` stages send their own.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from typing import Any
 
 from flows.graph import Stage
 from stages.core.artifacts import MANIFEST, digest, read_json, write_json
-from stages.core.observe.progress import say
 from stages.core.observe.tracking import (
     MIRROR_FILE,
     RUN_FILE,
     RUNS,
+    SECONDS_BETWEEN_PUSHES,
+    complain,
     milliseconds,
     mirror,
     mirror_all,
     mirror_execution,
+    mirror_live,
     open_client,
     tracking_uri,
 )
@@ -39,12 +42,14 @@ REUSED = "headroom.reused"
 """Digest of the output that a cached stage reuses; `headroom.output` is kept for the run that made it."""
 
 _SECONDS_TO_WAIT_AT_THE_END = 60.0
+_SECONDS_TO_WAIT_WHEN_AWAY = 15.0
 
 
 class Tracker:
     """Tells MLflow about one execution from a thread of its own, in the order in which things happened.
 
-    The first thing that goes wrong is said, and then nothing more is tried: the files hold it all.
+    The first thing that goes wrong is said, the others are not: the files hold it all, and every few seconds what is
+    missing is tried again.
     """
 
     def __init__(self, execution: str, params: Params):
@@ -52,12 +57,15 @@ class Tracker:
         self.params = params
         self.uri = tracking_uri(params)
         self._client: Any = None
+        self._behind = True
+        """Whether MLflow may lack something of an earlier run or of this one."""
+        self._complained = False
         self._work: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._keep_telling, name="tracking", daemon=True)
 
     def start(self) -> None:
-        """Begin with what earlier runs could not send."""
-        self._work.put(self._catch_up)
+        """Begin with what earlier runs could not send; then follow the stages that run."""
+        self._work.put(self._mirror_stages)
         self._thread.start()
 
     def reused(self, stage: Stage) -> None:
@@ -75,10 +83,38 @@ class Tracker:
     def finish(self, status: str, report: Path | None) -> None:
         """Close the parent run with its status, and the report with it; wait until MLflow holds everything."""
         write_json(RUNS / self.execution / CLOSING_FILE, {"status": status, "ended": milliseconds()})
+        self._work.put(self._catch_up)  # a stage that was killed left a record that looks as if it ran
         self._work.put(lambda: self._send_report(report))
         self._work.put(lambda: close_parent(RUNS / self.execution, self._client, self.uri))
         self._work.put(None)
-        self._thread.join(_SECONDS_TO_WAIT_AT_THE_END)
+        self._thread.join(_SECONDS_TO_WAIT_WHEN_AWAY if self._complained else _SECONDS_TO_WAIT_AT_THE_END)
+
+    def _keep_telling(self) -> None:
+        while (task := self._next_task()) is not None:
+            try:
+                self._tell(task)
+            except Exception as problem:  # noqa: BLE001  tracking must never end a run; what happened is said, and sent later
+                if not self._complained:
+                    complain(self.uri, problem)
+                self._complained = True
+
+    def _next_task(self) -> Callable[[], object] | None:
+        try:
+            return self._work.get(timeout=SECONDS_BETWEEN_PUSHES)
+        except queue.Empty:
+            return self._mirror_stages
+
+    def _tell(self, task: Callable[[], object]) -> None:
+        if self._client is None:
+            self._client = open_client(self.uri)
+        if self._behind:
+            self._catch_up()
+        self._behind = True  # until the task is through
+        task()
+        self._behind = False
+
+    def _mirror_stages(self) -> None:
+        mirror_live(self.execution, self._client, self.uri)
 
     def _catch_up(self) -> None:
         mirror_all(self._client, self.uri)
@@ -93,14 +129,6 @@ class Tracker:
         if report is not None and report.is_file():
             parent = mirror_execution(RUNS / self.execution, self._client, self.uri)
             self._client.log_artifact(parent, str(report))
-
-    def _keep_telling(self) -> None:
-        try:
-            self._client = open_client(self.uri)
-            while (task := self._work.get()) is not None:
-                task()
-        except Exception as problem:  # noqa: BLE001  tracking must never end a run; what happened is said, and sent later
-            say(f"MLflow: {' '.join(str(problem).split())[:160]}; going on, the next run fills in what is missing")
 
 
 def new_execution() -> str:

@@ -10,10 +10,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from stages.core.checkpoints import load_model
 from stages.core.errors import UserError
 from stages.core.examples import load_examples, load_pad_id
 from stages.core.judging import predict_logits
-from stages.core.observe.tracking import RunRecord
+from stages.core.observe.tracking import SilentRecord
 from stages.core.params import parse_params
 from stages.core.stage import StageRun
 from stages.core.tasks import get_task
@@ -31,13 +31,6 @@ from stages.finetune.__main__ import run_finetune
 REQUEST, ANSWER, SPENT = "request.json", "answer.json", "spent.json"
 _QUALITY = ("accuracy", "f1_macro")
 _INTERRUPTED = 130
-
-
-class Unrecorded:
-    """Stands in for the record of a run: a benchmark's trainings are not experiments of the user's."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep nothing."""
 
 
 def main() -> int:
@@ -59,7 +52,7 @@ def _answer(folder: Path) -> dict[str, Any]:
     inputs = {role: Path(path) for role, path in request["inputs"].items()}
     staging = folder / "staging"
     shutil.rmtree(staging, ignore_errors=True)
-    run = StageRun("finetune", params, inputs, staging, folder / "state", cast(RunRecord, Unrecorded()))
+    run = StageRun("finetune", params, inputs, staging, folder / "state", SilentRecord())
     torch.manual_seed(params.seed)
     with _clocked(folder / SPENT):
         metrics = run_finetune(run)

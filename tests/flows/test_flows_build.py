@@ -245,6 +245,30 @@ def test_a_failed_run_and_its_report_reach_the_parent(built) -> None:
     assert parent.info.status == "FAILED"
 
 
+def test_the_flow_shows_a_stage_while_it_runs_and_spares_it_mlflow(project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.tracking.SECONDS_BETWEEN_PUSHES", 0.2)
+    project.track("acquire")
+    project.behave("acquire", "sleep 15")
+    seen: list[str] = []
+    watcher = threading.Thread(target=_watch_for_loss, args=(seen,), daemon=True)
+    watcher.start()
+    _, summary = run_flow(stage="acquire")
+    watcher.join()
+    assert seen == ["RUNNING"]
+    assert mlflow_runs(summary)[1]["acquire"].info.status == "FINISHED"
+    assert Path("imported-acquire").read_text() == "nothing slow"
+
+
+def _watch_for_loss(seen: list[str]) -> None:
+    """Note the status of the first run in MLflow that has a point of its loss."""
+    client = open_client(tracking_uri(load_params(Path("params.yaml"))))
+    deadline = time.monotonic() + 60
+    while not seen and time.monotonic() < deadline:
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        seen += [run.info.status for run in client.search_runs(experiments) if "loss" in run.data.metrics]
+        time.sleep(0.1)
+
+
 def test_without_mlflow_the_run_goes_on_and_is_filled_in_later(
     built, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,12 +276,32 @@ def test_without_mlflow_the_run_goes_on_and_is_filled_in_later(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     _, lost = run_flow(stage="export@small")
     assert lost["status"] == "done"
-    assert capfd.readouterr().err.count("MLflow") == 1
+    assert capfd.readouterr().err.count("MLflow at http://127.0.0.1:9 cannot be reached") == 1
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     run_flow(stage="acquire")
     parent, runs = mlflow_runs(lost)
     assert parent.info.status == "FINISHED"
     assert set(runs) == {"acquire", "export@small"}
+
+
+def test_mlflow_that_comes_back_is_told_by_the_same_run(
+    project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([ConnectionError("away"), ConnectionError("still away")])
+
+    def open_at_last(uri: str) -> Any:
+        for problem in answers:
+            raise problem
+        return open_client(uri)
+
+    monkeypatch.setattr("flows.tracking.open_client", open_at_last)
+    monkeypatch.setattr("flows.tracking.SECONDS_BETWEEN_PUSHES", 0.2)
+    project.track("acquire")
+    _, summary = run_flow(stage="acquire")
+    assert capfd.readouterr().err.count("away") == 1
+    parent, runs = mlflow_runs(summary)
+    assert (parent.info.status, runs["acquire"].info.status) == ("FINISHED", "FINISHED")
+    assert runs["acquire"].data.tags[FINGERPRINT].endswith(".dir")
 
 
 def test_summary_is_plain_json() -> None:

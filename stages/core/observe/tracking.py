@@ -1,8 +1,9 @@
 """Runs on disk, mirrored to MLflow.
 
-The files under `artifacts/.runs/<execution>/<stage>/` are the truth; MLflow is a mirror of them. A background thread
-keeps the mirror fresh while a stage runs. If MLflow cannot be reached the stage goes on and says so once; the next
-run that reaches it fills in what is missing, because mirroring always starts from the files.
+The files under `artifacts/.runs/<execution>/<stage>/` are the truth; MLflow is a mirror of them. While a stage runs the
+flow keeps the mirror fresh (`flows.tracking`); under `dvc repro`, where there is no flow, a thread of the stage does.
+If MLflow cannot be reached the stage goes on and says so once; the next run that reaches it fills in what is missing,
+because mirroring always starts from the files.
 
 An *execution* is one run of the pipeline: one `headroom run`, or one `dvc repro`. It is the parent run of its stages.
 """
@@ -30,12 +31,16 @@ from stages.core.params import Params
 
 RUNS = ARTIFACTS / ".runs"
 EXECUTION_VARIABLE = "HEADROOM_EXECUTION"
+MIRRORED_VARIABLE = "HEADROOM_MIRRORED"
+"""Set where the flow mirrors the runs of its stages: MLflow takes seconds to import, and training waits meanwhile."""
 RUN_FILE = "run.json"
 MIRROR_FILE = "mirror.json"
 HISTORY_FILE = "history.jsonl"
 PARENT_FILE = "execution.json"
 
-_SECONDS_BETWEEN_PUSHES = 5.0  # the thread that sends takes turns with the one that trains
+SECONDS_BETWEEN_PUSHES = 5.0
+"""A stage's own thread takes turns with the one that trains, so it does not send at every step."""
+
 _SECONDS_TO_WAIT_AT_THE_END = 30.0
 _SECONDS_TO_WAIT_WHEN_INTERRUPTED = 3.0
 _POINTS_PER_BATCH = 900  # MLflow takes at most 1000 metrics in one call
@@ -46,7 +51,7 @@ _SHOWN = {".json", ".csv", ".md", ".png", ".svg", ".html"}
 
 
 class RunRecord:
-    """One run of one stage: its files, and the thread that mirrors them."""
+    """One run of one stage: its files, and the thread that mirrors them where the flow does not."""
 
     def __init__(self, folder: Path, run: dict[str, Any], uri: str):
         self.folder = folder
@@ -57,7 +62,7 @@ class RunRecord:
 
     @classmethod
     def start(cls, name: str, params: Params, origins: Mapping[str, str], section: str | None = None) -> RunRecord:
-        """Open the record of a stage's run and start mirroring it.
+        """Open the record of a stage's run and start mirroring it, unless the flow does.
 
         Args:
             name: stage, or `stage@variant`.
@@ -83,7 +88,8 @@ class RunRecord:
         }
         write_json(folder / RUN_FILE, run)
         record = cls(folder, run, tracking_uri(params))
-        record._thread.start()
+        if not os.environ.get(MIRRORED_VARIABLE):
+            record._thread.start()
         return record
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -111,19 +117,21 @@ class RunRecord:
         self._run.update(status=status, ended=milliseconds(), metrics=self._metrics, output=output)
         self._run["tags"].update(tags)
         write_json(self.folder / RUN_FILE, self._run)
+        if not self._thread.is_alive():
+            return
         self._stop.set()
         interrupted = status == "KILLED"
         self._thread.join(_SECONDS_TO_WAIT_WHEN_INTERRUPTED if interrupted else _SECONDS_TO_WAIT_AT_THE_END)
 
 
 class SilentRecord(RunRecord):
-    """Of a process that takes part in a run whose record another one keeps."""
+    """Of a process that keeps no record: another one does, or nobody is to see what it trains."""
 
     def __init__(self) -> None:
         self._metrics = {}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Leave it to the other process."""
+        """Keep nothing."""
 
 
 def open_execution(params: Params) -> str:
@@ -162,12 +170,25 @@ def open_client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def complain(uri: str, problem: Exception) -> None:
+    """Say in one line, without secrets, that MLflow is away and that this costs nothing."""
+    reason = re.sub(r"//\S*@", "//", " ".join(str(problem).split()))[:120]
+    say(f"MLflow at {_without_secrets(uri)} cannot be reached ({reason}); going on, the run is filled in later")
+
+
 def mirror_all(client: Any, uri: str) -> int:
     """Fill in every ended run that `uri` does not hold yet; return how many were waiting."""
     waiting = [path.parent for path in sorted(RUNS.glob(f"*/*/{RUN_FILE}")) if _waits(path.parent, uri)]
     for folder in waiting:
         mirror(folder, client, uri)
     return len(waiting)
+
+
+def mirror_live(execution: str, client: Any, uri: str) -> None:
+    """Send what is new of the runs of an execution that is going."""
+    for path in sorted((RUNS / execution).glob(f"*/{RUN_FILE}")):
+        if not _mirror_state(path.parent, uri)["ended"]:
+            mirror(path.parent, client, uri)
 
 
 def mirror(folder: Path, client: Any, uri: str) -> str:
@@ -235,13 +256,12 @@ def _git(*arguments: str) -> str:
 def _keep_mirrored(folder: Path, uri: str, stop: threading.Event) -> None:
     try:
         client = open_client(uri)
-        while not stop.wait(_SECONDS_BETWEEN_PUSHES):
+        while not stop.wait(SECONDS_BETWEEN_PUSHES):
             mirror(folder, client, uri)
         mirror(folder, client, uri)
         mirror_all(client, uri)
     except Exception as problem:  # noqa: BLE001  tracking must never end a stage; what happened is said, and retried later
-        reason = re.sub(r"//\S*@", "//", " ".join(str(problem).split()))[:120]
-        say(f"MLflow at {_without_secrets(uri)} cannot be reached ({reason}); going on, the run is filled in later")
+        complain(uri, problem)
 
 
 def _waits(folder: Path, uri: str) -> bool:

@@ -26,6 +26,7 @@ from stages.core.observe.tracking import (
     git_tags,
     mirror,
     mirror_all,
+    mirror_live,
     mlflow_name,
     open_client,
     open_execution,
@@ -49,7 +50,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uri(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An MLflow database of this test's own, and a project folder as working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "_SECONDS_BETWEEN_PUSHES", 0.05)
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_PUSHES", 0.05)
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     shutil.copy(empty_database, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -112,6 +113,25 @@ def test_curves_arrive_while_the_stage_runs(client: MlflowClient, params: Params
     points = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in points] == [(1, 0.5), (2, 0.25)]
     record.finish(output)
+
+
+def test_a_stage_that_the_flow_mirrors_sends_nothing_itself(
+    uri: str, client: MlflowClient, params: Params, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADROOM_MIRRORED", "1")
+    record = RunRecord.start("clean", params, {})
+    record.log(1, {"loss": 0.5})
+    time.sleep(0.5)
+    assert client.get_experiment_by_name(params.tracking.experiment) is None
+    mirror_live("first", client, uri)
+    assert runs_of(client, params)["clean"].info.status == "RUNNING"
+    record.log(2, {"loss": 0.25})
+    record.finish(output)
+    mirror_live("another", client, uri)
+    assert has_points(client, params, 1)
+    mirror_live("first", client, uri)
+    assert has_points(client, params, 2)
+    assert runs_of(client, params)["clean"].info.status == "FINISHED"
 
 
 def test_a_finished_run_holds_params_tags_metrics_and_files(client: MlflowClient, params: Params, output: Path) -> None:
