@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,22 +18,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pyarrow.parquet
 import yaml
 
 from benchmarks.environments import last_complaint
+from benchmarks.markers import put_between
 from benchmarks.methods.declared import METHODS, Method, changed, choose
 from benchmarks.methods.job import ANSWER, REQUEST
 from benchmarks.methods.table import render
 from benchmarks.workers import ROOT
-from stages.core.artifacts import ARTIFACTS, digest, read_json, text_sha256, write_json
+from stages.core.artifacts import ARTIFACTS, digest, read_json, text_sha256, write_json, write_manifest
 from stages.core.errors import UserError
-from stages.core.hardware import usable_processors
+from stages.core.hardware import describe_hardware, usable_processors
 from stages.core.observe.progress import say
 from stages.core.params import parse_params
 
 _INPUTS = {"model": "pretrain/model", "data": "tokenize/data", "lexicon": "acquire/lexicon", "corpus": "clean/corpus"}
 """Folders of a finished run that the stage may ask for, by role."""
 _RESULTS, _TABLE, _LOG = "results.jsonl", "table.md", "log.txt"
+_FOLDERS = ("artifacts", "work", "page")
+_MARKER = "bench-methods"
+_TRAIN = "train.parquet"
 _SECONDS_TO_STOP = 60
 _INTERRUPTED = 130
 
@@ -49,6 +56,8 @@ class Job:
     """Digest of inputs and params without the method and the seed."""
     key: str
     """Tells trainings apart whose results differ."""
+    asked: Mapping[str, Any]
+    """How the table tells of it: `command` and `texts`."""
 
     @property
     def seed(self) -> int:
@@ -109,7 +118,10 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> list[str]:
-    work = Path(arguments.work).absolute()
+    work, page = Path(arguments.work).absolute(), Path(arguments.page)
+    if not page.is_file():
+        raise UserError(f"{page}: no such file; start in the project's folder, or name another --page")
+    put_between(page.read_text(encoding="utf-8"), _MARKER, "", str(page))
     work.mkdir(parents=True, exist_ok=True)
     jobs = plan(arguments)
     done = {line["key"] for line in read_lines(work / _RESULTS)}
@@ -123,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> list[str]:
             processes.stop()
             raise
         finally:
-            _write_table(work)
+            _write_table(work, page)
     return [failure for failure in failures if failure]
 
 
@@ -141,15 +153,47 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
     for role in ("model", "data"):
         if role not in inputs:
             raise UserError(f"{found[role]}: no such folder; name the artifacts of a finished run with --artifacts")
+    if arguments.texts is not None:
+        inputs["data"] = shorten(inputs["data"], arguments.texts, Path(arguments.work).absolute())
     folders = {role: str(folder) for role, folder in inputs.items()}
     base = _digest({**raw, "seed": 0}, arguments.params, [digest(folder) for folder in inputs.values()])
+    asked = {"command": _command(arguments), "texts": arguments.texts}
     jobs = []
     for seed in range(raw["seed"], raw["seed"] + arguments.seeds):
         for method in choose(arguments.only):
             params = {**method.params(raw), "seed": seed}
             key = _digest(params, f"{arguments.params}, {method.name}", [arguments.task_name, base])
-            jobs.append(Job(arguments.task_name, method, params, folders, base, key))
+            jobs.append(Job(arguments.task_name, method, params, folders, base, key, asked))
     return jobs
+
+
+def shorten(data: Path, texts: int, work: Path) -> Path:
+    """Copy tokenized data with a random choice of its training texts, the same one at every call; return the copy.
+
+    Raises:
+        UserError: if there are fewer.
+    """
+    table = pyarrow.parquet.read_table(data / _TRAIN)
+    if not 0 < texts <= len(table):
+        raise UserError(f"--texts {texts}: there are {len(table)} training texts; take from 1 to as many")
+    folder = work / "data"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(data, folder)
+    chosen = numpy.sort(numpy.random.default_rng(0).permutation(len(table))[:texts])
+    pyarrow.parquet.write_table(table.take(chosen), folder / _TRAIN)
+    write_manifest(folder)
+    return folder
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The call as another machine would repeat it: what differs from the defaults, folders left out."""
+    given = {name: value for name, value in vars(arguments).items() if name not in _FOLDERS}
+    named = [
+        [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        for name, value in given.items()
+        if value != _parser().get_default(name)
+    ]
+    return shlex.join(["python", "-m", "benchmarks.methods", *(word for words in named for word in words)])
 
 
 def _digest(raw: Mapping[str, Any], where: str, others: Sequence[str]) -> str:
@@ -185,6 +229,7 @@ def train(job: Job, work: Path, side_by_side: int, processes: Processes) -> str 
             "epochs": job.params["finetune"]["epochs"],
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "threads": threads,
+            **job.asked,
             **answer,
         },
     )
@@ -217,18 +262,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _write_table(work: Path) -> None:
+def _write_table(work: Path, page: Path) -> None:
     lines = read_lines(work / _RESULTS)
     if lines:
-        (work / _TABLE).write_text(render(lines), encoding="utf-8")
-        say(f"{len(lines)} trainings in {work / _TABLE}")
+        text = render(lines, describe_hardware())
+        (work / _TABLE).write_text(text, encoding="utf-8")
+        page.write_text(put_between(page.read_text(encoding="utf-8"), _MARKER, text, str(page)), encoding="utf-8")
+        say(f"{len(lines)} trainings in {work / _TABLE} and {page}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.methods",
         description="Fine-tune once a method and seed, from the pretrained checkpoint of a finished run, and compare "
-        "the models on its test split. Methods: " + ", ".join(method.name for method in METHODS),
+        "the models on its test split. Writes a table between the marks of docs/training.md. Methods: "
+        + ", ".join(method.name for method in METHODS),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--task-name", default="questions", help="of the task, as the table calls it")
@@ -237,8 +285,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each method, from the params' seed on")
     parser.add_argument("--only", nargs="*", default=[], help="names of methods; plain is always among them")
     parser.add_argument("--epochs", type=int, default=None, help="instead of those of the params")
+    parser.add_argument("--texts", type=int, default=None, help="so many training texts, chosen at random, not all")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side; they share the processors")
     parser.add_argument("--work", default=str(ARTIFACTS / "benchmarks" / "methods"), help="for results and table")
+    parser.add_argument("--page", default="docs/training.md", help=f"page with the marks {_MARKER}, to write into")
     return parser
 
 

@@ -30,6 +30,8 @@ NOTHING: Changes = {
 """Plain fine-tuning: AdamW with the weight decay of the params, everything else off."""
 
 PLAIN = "plain"
+SELF_TRAINING = "finetune.self_training"
+"""Takes those texts of the corpus that the params take for distillation, which are like the task's."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Method:
 
     def params(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The params of a run with this method, from those of the task."""
-        return changed(raw, self.changes if self.as_shipped else {**NOTHING, **self.changes})
+        params = changed(raw, self.changes if self.as_shipped else {**NOTHING, **self.changes})
+        if SELF_TRAINING in self.changes:
+            params["finetune"]["self_training"]["pattern"] = raw["distill"]["transfer"]["pattern"]
+        return params
 
 
 METHODS: Sequence[Method] = (
@@ -130,9 +135,7 @@ METHODS: Sequence[Method] = (
         "self_training",
         "self-training",
         {
-            "finetune.self_training": {
-                "rounds": 1, "confidence": 0.9, "texts": 2000, "candidates": 20000, "pattern": r"\?$",
-            }
+            SELF_TRAINING: {"rounds": 1, "confidence": 0.9, "texts": 2000, "candidates": 20000, "pattern": "."}
         },
     ),
     # Averages of weights

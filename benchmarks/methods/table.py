@@ -15,19 +15,38 @@ Lines = Sequence[Mapping[str, Any]]
 _CONFIDENCE = 0.95
 
 
-def render(lines: Lines) -> str:
-    """Write a Markdown table with a row for each method and four columns for each task.
+def render(lines: Lines, hardware: Mapping[str, Any]) -> str:
+    """Write what was measured: how, a table with a row for each method and four columns for each task, and the params.
 
     Args:
         lines: of `results.jsonl`. Of a task, those count that share inputs and params with its last one.
+        hardware: of `describe_hardware`.
     """
     tasks = {task: latest(lines, task) for task in dict.fromkeys(line["task"] for line in lines)}
-    heads = ["method", "changed"]
+    measured = {name for results in tasks.values() for name, _ in results}
+    methods = [method for method in METHODS if method.name in measured]
+    heads = ["method"]
     for task in tasks:
         heads += [f"{task}: accuracy, %", "macro F1, %", "against plain, points", "time"]
-    measured = {name for results in tasks.values() for name, _ in results}
-    rows = [_row(method, list(tasks.values())) for method in METHODS if method.name in measured]
-    return "\n".join(["| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *rows]]) + "\n"
+    gains = _table(heads, [_row(method, list(tasks.values())) for method in methods])
+    settings = _table(["method", "params of `finetune`"], [[each.title, _changes(each)] for each in methods])
+    how = "\n".join(_how(task, results, hardware) for task, results in tasks.items())
+    return f"{how}\n\n{gains}\n\n{settings}\n"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, ["---"] * len(heads), *rows])
+
+
+def _how(task: str, results: Mapping[tuple[str, int], Mapping[str, Any]], hardware: Mapping[str, Any]) -> str:
+    """How the trainings of a task were done, in one line."""
+    last = list(results.values())[-1]
+    texts = f"{last['texts']:,} training texts, drawn once for all" if last.get("texts") else "all training texts"
+    seeds = len({seed for _, seed in results})
+    return (
+        f"- {task}: `{last['command']}`, {last['date']}, on {hardware['cpu']['model']}; threads a training: "
+        f"{last['threads']}; seeds: {seeds}; epochs: {last['epochs']} at most; {texts}."
+    )
 
 
 def latest(lines: Lines, task: str) -> dict[tuple[str, int], Mapping[str, Any]]:
@@ -37,7 +56,7 @@ def latest(lines: Lines, task: str) -> dict[tuple[str, int], Mapping[str, Any]]:
 
 
 def _row(method: Method, tasks: Sequence[Mapping[tuple[str, int], Mapping[str, Any]]]) -> list[str]:
-    cells = [method.title, _changes(method)]
+    cells = [method.title]
     for results in tasks:
         own, plain = _of(results, method.name), _of(results, PLAIN)
         accuracy = [line["test"]["accuracy"] for line in own.values()]

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markers import put_between
 from benchmarks.training.contenders import Contender, choose
-from benchmarks.training.page import put_between, render
+from benchmarks.training.page import MARKER, render
 from benchmarks.training.settings import SHARED, WARM_UP_STEPS
 from benchmarks.workers import WorkerError, contenders_seconds, run_once, thread_settings
 from stages.core.artifacts import ARTIFACTS, read_json, write_json
@@ -76,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     reached = targets(pretrain, finetune)
     text = render(pretrain, finetune, reached, result)
-    page.write_text(put_between(page.read_text(encoding="utf-8"), text, str(page)), encoding="utf-8")
+    page.write_text(put_between(page.read_text(encoding="utf-8"), MARKER, text, str(page)), encoding="utf-8")
     draw(pretrain, result["runs"], contenders, page.with_name(_PICTURE))
     for target in reached:
         say(f"{target.what}: {target.ratio['median']:.2f}, wanted {target.wanted}")
@@ -93,7 +94,7 @@ def _check(arguments: argparse.Namespace, page: Path) -> None:
     for path in (Path(arguments.params), page):
         if not path.exists():
             raise UserError(f"{path}: no such file; start in the project's folder")
-    put_between(page.read_text(encoding="utf-8"), "", str(page))
+    put_between(page.read_text(encoding="utf-8"), MARKER, "", str(page))
     if arguments.rounds < 1 or arguments.tokens < 1:
         raise UserError("--rounds and --tokens must be 1 or more")
 

@@ -9,23 +9,9 @@ import numpy
 
 from benchmarks.training.profile import KINDS
 from benchmarks.training.summary import FinetuneRow, PretrainRow, Target, loss_difference, reached_ratio
-from stages.core.errors import UserError
 from stages.core.timing import ratios
 
-BEGIN, END = "<!-- bench-training -->", "<!-- /bench-training -->"
-
-
-def put_between(page: str, text: str, where: str) -> str:
-    """Put a text between the markers of a page.
-
-    Raises:
-        UserError: if the page has not both markers, in this order.
-    """
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{where}: needs the lines {BEGIN} and {END}, between which the measured tables are written")
-    return f"{head}{begin}\n{text.strip()}\n{end}{tail}"
+MARKER = "bench-training"
 
 
 def render(

@@ -20,6 +20,7 @@ from benchmarks.methods.table import difference, interval, render, spread
 from stages.core.artifacts import read_json, write_json, write_manifest
 from stages.core.checkpoints import load_tokenizer
 from stages.core.errors import UserError
+from stages.core.examples import load_examples
 from stages.core.params import parse_params
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,8 @@ def artifacts(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def arguments(artifacts: Path, work: Path, **changes: Any) -> argparse.Namespace:
     given = {
         "task_name": "tiny", "artifacts": str(artifacts), "params": str(ROOT / "presets" / "tiny.yaml"), "seeds": 2,
-        "only": ["mixup"], "epochs": 1, "jobs": 2, "work": str(work), **changes,
+        "only": ["mixup"], "epochs": 1, "jobs": 2, "work": str(work), "texts": None, "page": str(work / "page.md"),
+        **changes,
     }  # fmt: skip
     return argparse.Namespace(**given)
 
@@ -135,6 +137,13 @@ class Pretended(command.Processes):
         return 0
 
 
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    path = tmp_path / "page.md"
+    path.write_text("# Title\n<!-- bench-methods -->\nold\n<!-- /bench-methods -->\n")
+    return path
+
+
 def run(monkeypatch: pytest.MonkeyPatch, given: argparse.Namespace, failing: str = "") -> tuple[Pretended, list[str]]:
     pretended = Pretended(failing)
     monkeypatch.setattr(command, "Processes", lambda: pretended)
@@ -142,7 +151,7 @@ def run(monkeypatch: pytest.MonkeyPatch, given: argparse.Namespace, failing: str
 
 
 def test_what_is_done_is_not_done_again_and_a_failure_does_not_stop_the_rest(
-    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifacts: Path, tmp_path: Path, page: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, failures = run(monkeypatch, arguments(artifacts, tmp_path), failing="mixup-17")
     assert failures == ["mixup, seed 17: UserError: finetune.augmentation.edits: no lexicon"]
@@ -152,9 +161,38 @@ def test_what_is_done_is_not_done_again_and_a_failure_does_not_stop_the_rest(
     assert not failures
     assert [name.rsplit("-", 1)[0] for name in second.started] == ["mixup-17"]
     assert not list((tmp_path / "jobs").iterdir())
-    assert "| mixup of embeddings | `mixup: 0.4` | 95.75 ± 0.07 | 95.75 ± 0.07 | +4.00 (+4.00 to +4.00) | 1.00 x |" in (
-        (tmp_path / "table.md").read_text()
-    )
+    table = (tmp_path / "table.md").read_text()
+    assert "| mixup of embeddings | 95.75 ± 0.07 | 95.75 ± 0.07 | +4.00 (+4.00 to +4.00) | 1.00 x |" in table
+    assert "| mixup of embeddings | `mixup: 0.4` |" in table
+    assert table.startswith("- tiny: `python -m benchmarks.methods --task-name tiny --params ")
+    assert "tiny.yaml --seeds 2 --only mixup --epochs 1`" in table.splitlines()[0]
+    assert "seeds: 2; epochs: 1 at most; all training texts." in table.splitlines()[0]
+    assert page.read_text() == f"# Title\n<!-- bench-methods -->\n{table}<!-- /bench-methods -->\n"
+
+
+def test_fewer_texts_are_the_same_at_every_call(artifacts: Path, tmp_path: Path) -> None:
+    data = artifacts / "tokenize" / "data"
+    whole = command.plan(arguments(artifacts, tmp_path))
+    some = command.plan(arguments(artifacts, tmp_path, texts=20))
+    assert some[0].base != whole[0].base
+    folder = Path(some[0].inputs["data"])
+    chosen = load_examples(folder, "train")
+    assert len(chosen) == 20
+    assert set(chosen.texts) < set(load_examples(data, "train").texts)
+    assert load_examples(folder, "test").texts == load_examples(data, "test").texts
+    again = command.plan(arguments(artifacts, tmp_path, texts=20))
+    assert [job.key for job in again] == [job.key for job in some]
+    with pytest.raises(UserError, match="--texts 9999: there are"):
+        command.plan(arguments(artifacts, tmp_path, texts=9999))
+
+
+def test_a_page_without_marks_is_refused_before_anything_is_trained(artifacts: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"page\.md: no such file"):
+        command._run(arguments(artifacts, tmp_path))
+    (tmp_path / "page.md").write_text("# Title\n")
+    with pytest.raises(UserError, match=r"page\.md: needs the lines <!-- bench-methods -->"):
+        command._run(arguments(artifacts, tmp_path))
+    assert "<!-- bench-methods -->" in (ROOT / "docs" / "training.md").read_text()
 
 
 def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path: Path) -> None:
@@ -179,7 +217,9 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
 
 def line(task: str, method: str, seed: int, accuracy: float, base: str = "b", minutes: float = 1.0) -> dict[str, Any]:
     quality = {"accuracy": accuracy, "f1_macro": accuracy / 2}
-    return {"task": task, "method": method, "seed": seed, "base": base, "test": quality, "processor_minutes": minutes}
+    how = {"command": "make bench-methods", "date": "2026-01-02", "threads": 1, "epochs": 3, "texts": None}
+    about = {"task": task, "method": method, "seed": seed, "base": base, **how}
+    return {**about, "test": quality, "processor_minutes": minutes}
 
 
 def test_the_table_has_a_row_for_each_method_and_pairs_seeds() -> None:
@@ -191,9 +231,16 @@ def test_the_table_has_a_row_for_each_method_and_pairs_seeds() -> None:
         line("questions", "r_drop", 2, 0.93, minutes=4.0),
         line("reviews", PLAIN, 1, 0.80),
     ]
-    table = render(lines).splitlines()
+    how, gains, settings = render(lines, {"cpu": {"model": "A processor"}}).split("\n\n")
+    assert how.splitlines() == [
+        f"- {task}: `make bench-methods`, 2026-01-02, on A processor; threads a training: 1; seeds: {seeds}; "
+        "epochs: 3 at most; all training texts."
+        for task, seeds in (("questions", 2), ("reviews", 1))
+    ]
+    table = gains.splitlines()
     assert len(table) == 4
-    assert table[0].count("|") == table[2].count("|") == 11
-    assert table[2] == "| plain fine-tuning |  | 91.00 ± 1.41 | 45.50 ± 0.71 |  |  | 80.00 | 40.00 |  |  |"
-    assert table[3] == "| R-Drop | `r_drop: 1.0` | 93.00 | 46.50 | +1.00 | 2.00 x |  |  |  |  |"
+    assert table[0].count("|") == table[2].count("|") == 10
+    assert table[2] == "| plain fine-tuning | 91.00 ± 1.41 | 45.50 ± 0.71 |  |  | 80.00 | 40.00 |  |  |"
+    assert table[3] == "| R-Drop | 93.00 | 46.50 | +1.00 | 2.00 x |  |  |  |  |"
+    assert settings.splitlines()[3] == "| R-Drop | `r_drop: 1.0` |"
     assert json.loads(json.dumps(NOTHING)) == NOTHING

@@ -16,11 +16,12 @@ import torch
 import yaml
 from torch import nn
 
+from benchmarks.markers import put_between
 from benchmarks.training.arithmetic import Arithmetic, count_arithmetic, mean_context, product_shapes
 from benchmarks.training.contenders import CONTENDERS, TARGET_FINETUNE, TARGET_PRETRAIN, choose
 from benchmarks.training.engine import stage_command
 from benchmarks.training.judge import HeldOut, join
-from benchmarks.training.page import BEGIN, END, put_between, render
+from benchmarks.training.page import MARKER, render
 from benchmarks.training.peer import group
 from benchmarks.training.picture import draw
 from benchmarks.training.profile import OTHER, kind_of, seconds_by_kind
@@ -196,18 +197,18 @@ def test_the_page_tells_ratio_loss_and_who_did_not_get_there(tmp_path: Path) -> 
     assert "| 24.0 | 3.00 (3.00 to 3.00) x | 1 of 2, best 0.930 (0.920 to 0.940) |" in text
     assert "| matrix products | 500 ms, 50 % |" in text
     assert "Failed: x: no" in text
-    page = put_between(f"# Title\n{BEGIN}\nold\n{END}\nend\n", text, "page")
+    page = put_between("# Title\n<!-- bench-training -->\nold\n<!-- /bench-training -->\nend\n", MARKER, text, "page")
     assert "old" not in page
-    assert page.startswith(f"# Title\n{BEGIN}\n")
-    assert page.endswith(f"{END}\nend\n")
+    assert page.startswith("# Title\n<!-- bench-training -->\n`")
+    assert page.endswith("\n<!-- /bench-training -->\nend\n")
     draw(rows, {"pretrain-headroom": OURS, TARGET_PRETRAIN: THEIRS}, CONTENDERS, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_a_page_without_markers_is_refused() -> None:
     with pytest.raises(UserError, match=r"page\.md: needs the lines"):
-        put_between("# Title\n", "text", "page.md")
-    put_between((ROOT / "docs" / "training.md").read_text(), "text", "docs/training.md")
+        put_between("# Title\n", MARKER, "text", "page.md")
+    put_between((ROOT / "docs" / "training.md").read_text(), MARKER, "text", "docs/training.md")
 
 
 def test_a_name_that_fits_nobody_is_refused() -> None:
@@ -350,7 +351,7 @@ def test_the_whole_of_it(tmp_path: Path, tiny_tokenizer: Path, tiny_data: Path) 
         frame.to_parquet(clean / f"{split}.parquet", index=False)
     write_manifest(clean)
     docs.mkdir()
-    (docs / "training.md").write_text(f"# Training\n\n{BEGIN}\n{END}\n")
+    (docs / "training.md").write_text(f"# Training\n\n<!-- {MARKER} -->\n<!-- /{MARKER} -->\n")
     before = sorted(str(path) for path in artifacts.rglob("*"))
     done = subprocess.run(
         [
