@@ -32,8 +32,12 @@ _WORKER = "benchmarks.training.worker"
 _LONGEST_RUN_SECONDS = 1800.0
 _JUDGEMENTS = 4
 _EVALUATIONS_AN_EPOCH = 8
+_SEEDS_A_ROUND = {"pretrain": 1, "finetune": 2}
+_FINETUNED_EPOCHS = 2
+"""After which fine-tuning is stopped: the accuracy asked for is reached by then, and the clock is what counts."""
 _FEWEST_TIMED_STEPS = 2
-_PROFILED_STEP = 4
+_PROFILED = {"pretrain": (4, 4), "finetune": (20, 39)}
+"""First and last step; the short ones of fine-tuning differ in length."""
 _FOLDERS = ("artifacts", "work", "results", "docs", "params")
 _PAGE, _PICTURE = "training.md", "training.png"
 _NEEDED = ("acquire/checkpoint/config.json", "clean/corpus/corpus.parquet", "tokenize/tokenizer/tokenizer.json")
@@ -125,7 +129,9 @@ def _measure(arguments: argparse.Namespace, contenders: Sequence[Contender]) -> 
         generator.shuffle(order)
         for contender in [each for each in order if each.name not in failures]:
             try:
-                runs[contender.name].append(_turn(work, contender, number, facts, arguments))
+                for turn in range(_SEEDS_A_ROUND[contender.task]):
+                    seed = arguments.seed + number * _SEEDS_A_ROUND[contender.task] + turn
+                    runs[contender.name].append(_turn(work, contender, number, seed, facts, arguments))
             except WorkerError as error:
                 failures[contender.name] = str(error)
                 say(f"{contender.title}: {error}")
@@ -148,27 +154,21 @@ def _measure(arguments: argparse.Namespace, contenders: Sequence[Contender]) -> 
 
 
 def _turn(
-    work: Path, contender: Contender, number: int, facts: Mapping[str, Any], arguments: argparse.Namespace
+    work: Path,
+    contender: Contender,
+    number: int,
+    seed: int,
+    facts: Mapping[str, Any],
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """One run of a contender."""
-    steps = facts["pretrain"]["steps"]
+    last = _last_step(contender, facts)
     # The slow ones run to the end once, for their loss; after that a part of it tells their speed.
     whole = contender.share == 1.0 or (contender.whole_once and number == 0)
     least = WARM_UP_STEPS + _FEWEST_TIMED_STEPS
-    last = steps if whole else min(steps, max(least, round(contender.share * steps)))
+    last = last if whole else min(last, max(least, round(contender.share * last)))
     started = time.monotonic()
-    run = _ask(
-        work,
-        contender.name,
-        do=contender.task,
-        folder=str(work / contender.task),
-        form=contender.form,
-        seed=arguments.seed + number,
-        last_step=last,
-        judgements=_JUDGEMENTS if whole else 0,
-        accuracy=arguments.accuracy,
-        profile_step=None,
-    )
+    run = _train(work, contender, seed, facts, last, judgements=_JUDGEMENTS if whole else 0)
     told = f"{run['tokens'][-1] / run['seconds'][-1]:,.0f} tokens/s"
     if run["curve"]:
         told += f", judged {run['curve'][-1][2]:.3f} after {run['curve'][-1][1]:.1f} s of training"
@@ -179,6 +179,36 @@ def _turn(
     return run
 
 
+def _last_step(contender: Contender, facts: Mapping[str, Any]) -> int:
+    if contender.task == "pretrain":
+        return int(facts["pretrain"]["steps"])
+    return _FINETUNED_EPOCHS * -(-int(facts["finetune"]["texts"]) // SHARED.finetune_batch_texts)
+
+
+def _train(
+    work: Path,
+    contender: Contender,
+    seed: int,
+    facts: Mapping[str, Any],
+    last: int,
+    judgements: int = 0,
+    profiled: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Let a contender train up to a step, judged on the way: in pretraining so many times, else every few steps."""
+    return _ask(
+        work,
+        contender.name,
+        do=contender.task,
+        folder=str(work / contender.task),
+        form=contender.form,
+        seed=seed,
+        last_step=last,
+        judgements=judgements,
+        judge_every=facts["finetune"]["judge_every"],
+        profiled=profiled,
+    )
+
+
 def _profiles(
     work: Path,
     contenders: Sequence[Contender],
@@ -186,26 +216,18 @@ def _profiles(
     arguments: argparse.Namespace,
     failures: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Profile one pretraining step of each contender."""
+    """Profile some steps of each contender."""
     profiles: dict[str, Any] = {}
     for contender in contenders:
-        if contender.task != "pretrain" or contender.name in failures:
+        if contender.name in failures:
             continue
-        step = min(_PROFILED_STEP, facts["pretrain"]["steps"])
-        run = _ask(
-            work,
-            contender.name,
-            do="pretrain",
-            folder=str(work / "pretrain"),
-            form=contender.form,
-            seed=arguments.seed,
-            last_step=step,
-            judgements=0,
-            profile_step=step,
-        )
+        most = _last_step(contender, facts)
+        first, last = (min(step, most) for step in _PROFILED[contender.task])
+        run = _train(work, contender, arguments.seed, facts, last, profiled=(first, last))
         say(f"profiled: {contender.title}")
-        step_seconds = run["seconds"][-1] - run["seconds"][-2]
-        profiles[contender.name] = {"title": contender.title, "step_seconds": step_seconds, **run["profile"]}
+        seconds = (run["seconds"][last - 1] - run["seconds"][first - 2]) / (last - first + 1)
+        about = {"title": contender.title, "task": contender.task, "steps": last - first + 1}
+        profiles[contender.name] = {**about, "step_seconds": seconds, **run["profile"]}
     return profiles
 
 
@@ -248,10 +270,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--docs", default="docs", help=f"folder of {_PAGE} and {_PICTURE}")
     parser.add_argument("--rounds", type=int, default=3, help="in which all take turns, each with a seed of its own")
     parser.add_argument("--tokens", type=int, default=24576, help="to pretrain on in a run")
-    parser.add_argument("--accuracy", type=float, default=0.93, help="validation accuracy to reach in fine-tuning")
+    parser.add_argument("--accuracy", type=float, default=0.93, help="validation accuracy to time in fine-tuning")
     parser.add_argument("--seed", type=int, default=0, help="of the texts, and of the first round")
     parser.add_argument("--only", nargs="*", default=[], help="names of contenders, or their beginnings")
-    parser.add_argument("--profile", action="store_true", help="also profile one pretraining step of each")
+    parser.add_argument("--profile", action="store_true", help="also profile steps of each")
     return parser
 
 

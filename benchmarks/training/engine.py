@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.training.watch import Watch
 from benchmarks.workers import ROOT
 from stages.core.artifacts import STATE
+from stages.core.observe.tracking import MIRRORED_VARIABLE
 from stages.core.training import loop
 from stages.core.training.recipe import Position, Recipe
 
@@ -46,7 +47,8 @@ def train_stage(stage: str, folder: Path, seed: int, watch: Watch) -> None:
         with watch.watching(model):
             return train(model, dataclasses.replace(recipe, evaluate=evaluate), run, phase)
 
-    with patch.object(loop, "train", watched):
+    # As under the flow, which tells MLflow of the run; the Trainer reports to nobody.
+    with patch.object(loop, "train", watched), patch.dict(os.environ, {MIRRORED_VARIABLE: "1"}):
         run_stage(stage, folder)
 
 

@@ -37,7 +37,7 @@ def seconds_by_kind(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 class StepProfile:
-    """The profile of one step."""
+    """The profile of some steps, told for one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -51,9 +51,9 @@ class StepProfile:
         self._profile = profile(activities=[ProfilerActivity.CPU])
         self._profile.start()
 
-    def stop(self) -> None:
-        """End recording and add up."""
+    def stop(self, steps: int) -> None:
+        """End recording and add up; so many steps were recorded."""
         self._profile.stop()
-        entries = [(entry.key, entry.self_cpu_time_total / 1e6) for entry in self._profile.key_averages()]
+        entries = [(entry.key, entry.self_cpu_time_total / 1e6 / steps) for entry in self._profile.key_averages()]
         self.seconds = seconds_by_kind(entries)
         self.operations = dict(sorted(entries, key=lambda entry: -entry[1])[:12])

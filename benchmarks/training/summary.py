@@ -14,6 +14,7 @@ from benchmarks.training.settings import SHARED, WARM_UP_STEPS
 from stages.core.timing import ratios
 
 Run = Mapping[str, Any]
+Curve = Sequence[tuple[int, float, float]]
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,20 @@ class FinetuneRow:
     """A contender's fine-tuning runs, a value a seed each."""
 
     contender: Contender
-    seconds: tuple[float | None, ...]
-    """Of training until the accuracy was reached; None where it never was."""
+    accuracy: float
+    """Asked for."""
+    curves: tuple[Curve, ...]
+    """A seed each: step, seconds of training and accuracy, of each judgement."""
     process_seconds: tuple[float, ...]
     """From the start of the process, imports and evaluations included."""
-    best: tuple[float, ...]
-    """Highest accuracy seen until the run ended."""
     tokens_per_second: tuple[float, ...]
     padding: float
     memory_mb: tuple[float, ...]
+
+    def seconds(self, without: int | None = None) -> float | None:
+        """Seconds until the mean curve of the seeds, or of all but one, reaches the accuracy; None if it never does."""
+        chosen = [curve for number, curve in enumerate(self.curves) if number != without]
+        return seconds_to(mean_curve(chosen), self.accuracy)
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,25 @@ def padding(run: Run) -> float:
     return 1.0 - float(run["tokens"][-1] / run["positions"][-1])
 
 
-def seconds_to(run: Run, accuracy: float) -> float | None:
-    """Training seconds at the first judgement that reached an accuracy."""
-    return next((float(seconds) for _, seconds, value in run["curve"] if value >= accuracy), None)
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """Mean over seeds of seconds and accuracy at each step that all were judged at.
+
+    One curve jumps by a point from judgement to judgement, so that where it first crosses a line is mostly chance.
+    """
+    shared = [step for step, _, _ in curves[0] if all(step in {each[0] for each in curve} for curve in curves)]
+    found = [{step: (seconds, value) for step, seconds, value in curve} for curve in curves]
+    means = [numpy.mean([curve[step] for curve in found], axis=0) for step in shared]
+    return [(step, float(seconds), float(value)) for step, (seconds, value) in zip(shared, means, strict=True)]
+
+
+def seconds_to(curve: Curve, accuracy: float) -> float | None:
+    """Seconds at which a curve first reaches an accuracy, on a straight line from the judgement before."""
+    before, worse = 0.0, 0.0
+    for _, seconds, value in curve:
+        if value >= accuracy:
+            return before + (seconds - before) * (accuracy - worse) / (value - worse)
+        before, worse = seconds, value
+    return None
 
 
 def pretrain_row(contender: Contender, runs: Sequence[Run], result: Mapping[str, Any]) -> PretrainRow:
@@ -111,9 +133,9 @@ def finetune_row(contender: Contender, runs: Sequence[Run], accuracy: float) -> 
     """Sum up a contender's fine-tuning runs."""
     return FinetuneRow(
         contender,
-        tuple(seconds_to(run, accuracy) for run in runs),
+        accuracy,
+        tuple(run["curve"] for run in runs),
         tuple(run["process_seconds"] for run in runs),
-        tuple(max((value for _, _, value in run["curve"]), default=0.0) for run in runs),
         tuple(tokens_per_second(run) for run in runs),
         float(numpy.median([padding(run) for run in runs])),
         tuple(run["peak_memory_mb"] for run in runs),
@@ -143,9 +165,18 @@ def no_worse(difference: Mapping[str, float]) -> bool:
 
 
 def reached_ratio(ours: FinetuneRow, theirs: FinetuneRow) -> dict[str, float] | None:
-    """How many times sooner we reach the accuracy, over the seeds where both do; None if there is none."""
-    both = [(mine, other) for mine, other in zip(ours.seconds, theirs.seconds, strict=True) if mine and other]
-    return ratios([other for _, other in both], [mine for mine, _ in both]) if both else None
+    """How many times sooner our mean curve reaches the accuracy; None where one never does.
+
+    `low` and `high` are what leaving out one seed at a time makes of it.
+    """
+    mine, other = ours.seconds(), theirs.seconds()
+    if mine is None or other is None:
+        return None
+    numbers = range(len(ours.curves)) if len(ours.curves) > 1 else ()
+    pairs = [(ours.seconds(number), theirs.seconds(number)) for number in numbers]
+    found = [slower / faster for faster, slower in pairs if faster and slower]
+    ratio = other / mine
+    return {"median": ratio, "low": min([ratio, *found]), "high": max([ratio, *found])}
 
 
 def targets(pretrain: Sequence[PretrainRow], finetune: Sequence[FinetuneRow]) -> list[Target]:

@@ -33,10 +33,8 @@ class Asked:
     judge_at: Sequence[int]
     """Steps after which the model is judged, with the clock stopped."""
     judge: Callable[[nn.Module], float]
-    good_enough: float | None = None
-    """The run is stopped at a judgement that reaches this."""
-    profile_step: int | None = None
-    """A step to profile, 2 or later; steps are counted from 1."""
+    profiled: tuple[int, int] | None = None
+    """First and last of the steps to profile, counted from 1; the first is 2 or later."""
 
 
 @dataclass
@@ -106,14 +104,15 @@ class Watch:
         self.seconds.append(self.now())
         with self.paused():
             step = len(self.seconds)
-            if step == self.asked.profile_step:
-                self.profile.stop()
+            first, last = self.asked.profiled or (0, 0)
+            if step == last:
+                self.profile.stop(last - first + 1)
             self._add_up()
             if not self.curve:
                 self.peak_memory_mb = peak_memory_mb()
             if step in self.asked.judge_at:
                 self._judge(model, step)
-            if self.asked.profile_step is not None and step == self.asked.profile_step - 1:
+            if step == first - 1:
                 self.profile.start()
         if step == self.asked.last_step:
             raise Enough
@@ -131,5 +130,3 @@ class Watch:
         value = self.asked.judge(model)
         model.train(training)
         self.curve.append((step, self.seconds[-1], value))
-        if self.asked.good_enough is not None and value >= self.asked.good_enough:
-            raise Enough

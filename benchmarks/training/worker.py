@@ -12,7 +12,6 @@ import psutil
 import torch
 import yaml
 
-from benchmarks.training.settings import SHARED
 from stages.core.artifacts import ARTIFACTS, read_json, write_json
 from stages.core.checkpoints import load_tokenizer
 from stages.core.errors import UserError
@@ -65,7 +64,7 @@ def _pretrain(request: dict[str, Any]) -> dict[str, Any]:
     last: int = request["last_step"]
     judged = [last * part // request["judgements"] for part in range(1, request["judgements"] + 1)]
     watch = Watch(
-        Asked(last, judged, heldout.loss, profile_step=request["profile_step"]),
+        Asked(last, judged, heldout.loss, profiled=request["profiled"]),
         special[special != tokenizer.mask_token_id],
     )
     try:
@@ -86,17 +85,14 @@ def _pretrain(request: dict[str, Any]) -> dict[str, Any]:
 def _finetune(request: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.training import engine, peer
     from benchmarks.training.judge import accuracy_judge
-    from benchmarks.training.prepare import read_facts
     from benchmarks.training.watch import Asked, Enough, Watch
 
     baseline = resident_memory_mb()
     folder, seed, form = Path(request["folder"]), request["seed"], request["form"]
-    facts, data = read_facts(folder), folder / ARTIFACTS / "tokenize" / "data"
+    data, every = folder / ARTIFACTS / "tokenize" / "data", request["judge_every"]
     tokenizer = load_tokenizer(data / "tokenizer")
-    # More than all steps: a run ends when it is good enough, or when its epochs are over.
-    endless = 2 * SHARED.finetune_epochs * facts["texts"]
-    judged = range(facts["judge_every"], endless, facts["judge_every"])
-    asked = Asked(endless, judged, accuracy_judge(data), good_enough=request["accuracy"])
+    judged = range(every, request["last_step"] + 1, every)
+    asked = Asked(request["last_step"], judged, accuracy_judge(data), profiled=request["profiled"])
     watch = Watch(asked, torch.tensor(tokenizer.all_special_ids))
     try:
         if form == "headroom":

@@ -29,6 +29,7 @@ from benchmarks.training.settings import finetune_params, pretrain_params
 from benchmarks.training.summary import (
     finetune_row,
     loss_difference,
+    mean_curve,
     pretrain_row,
     reached_ratio,
     seconds_to,
@@ -163,20 +164,33 @@ def test_losses_are_compared_with_the_same_seed_only() -> None:
 
 
 def _classifiers() -> tuple[Any, Any]:
-    mine = [run([1.0], [10], [(5, 4.0, 0.9), (10, 8.0, 0.95)]), run([1.0], [10], [(5, 5.0, 0.94)])]
-    other = [run([1.0], [10], [(5, 12.0, 0.9), (10, 24.0, 0.94)]), run([1.0], [10], [(5, 9.0, 0.92)])]
+    mine = [
+        run([1.0], [10], [(5, 4.0, 0.7), (10, 8.0, 0.96), (15, 12.0, 0.97)]),
+        run([1.0], [10], [(5, 5.0, 0.9), (10, 9.0, 0.92)]),
+    ]
+    other = [
+        run([1.0], [10], [(5, 12.0, 0.8), (10, 24.0, 0.94)]),
+        run([1.0], [10], [(5, 12.0, 0.9), (10, 24.0, 0.94)]),
+    ]
     return (
         finetune_row(BY_NAME["finetune-headroom"], mine, 0.93),
         finetune_row(BY_NAME[TARGET_FINETUNE], other, 0.93),
     )
 
 
-def test_time_to_an_accuracy_is_that_of_the_first_judgement_that_reached_it() -> None:
+def test_time_to_an_accuracy_is_that_of_the_mean_curve() -> None:
     mine, other = _classifiers()
-    assert mine.seconds == (8.0, 5.0)
-    assert other.seconds == (24.0, None)
-    assert reached_ratio(mine, other) == {"median": 3.0, "low": 3.0, "high": 3.0}
-    assert seconds_to(run([1.0], [1], []), 0.5) is None
+    assert mean_curve(mine.curves) == [(5, 4.5, pytest.approx(0.8)), (10, 8.5, pytest.approx(0.94))]
+    assert mine.seconds() == pytest.approx(4.5 + 4.0 * 13 / 14)
+    assert other.seconds() == pytest.approx(12.0 + 12.0 * 8 / 9)
+    assert mine.seconds(without=0) is None  # the second curve never gets there
+    assert mine.seconds(without=1) == pytest.approx(4.0 + 4.0 * 23 / 26)
+    found = reached_ratio(mine, other)
+    alone = (12.0 + 12.0 * 13 / 14) / (4.0 + 4.0 * 23 / 26)
+    whole = (12.0 + 12.0 * 8 / 9) / (4.5 + 4.0 * 13 / 14)
+    assert found == pytest.approx({"median": whole, "low": min(whole, alone), "high": max(whole, alone)})
+    assert seconds_to([], 0.5) is None
+    assert seconds_to([(5, 4.0, 0.8)], 0.4) == 2.0
     assert reached_ratio(mine, finetune_row(BY_NAME[TARGET_FINETUNE], [run([1.0], [1], [])] * 2, 0.93)) is None
 
 
@@ -189,12 +203,14 @@ def test_the_page_tells_ratio_loss_and_who_did_not_get_there(tmp_path: Path) -> 
     kinds = seconds_by_kind([("aten::mm", 0.5)])
     result = {
         **RESULT,
-        "profiles": {"one": {"title": "One", "step_seconds": 1.0, "kinds": kinds}},
+        "profiles": {"one": {"title": "One", "task": "finetune", "steps": 20, "step_seconds": 1.0, "kinds": kinds}},
         "failures": {"x": "no"},
     }
     text = render(rows, classifiers, targets(rows, classifiers), result)
     assert "| 38 (25 to 50) | 4.00 (4.00 to 4.00) x | 50 % | 100 | 6.600 | 6.500 | -0.100 (" in text
-    assert "| 24.0 | 3.00 (3.00 to 3.00) x | 1 of 2, best 0.930 (0.920 to 0.940) |" in text
+    assert "| 22.7 | 2.76 (2.76 to 3.07) x | 94.0 (94.0 to 94.0) |" in text
+    assert "the mean curve of all 2 seeds" in text
+    assert "| fine-tuning, mean of 20 steps | One |" in text
     assert "| matrix products | 500 ms, 50 % |" in text
     assert "Failed: x: no" in text
     page = put_between("# Title\n<!-- bench-training -->\nold\n<!-- /bench-training -->\nend\n", MARKER, text, "page")
@@ -291,17 +307,6 @@ def test_the_watch_counts_tokens_of_texts_and_stops_the_run() -> None:
     assert len(watch.seconds) == 3
 
 
-def test_a_run_ends_when_it_is_good_enough() -> None:
-    model, scores = _Words(), iter([0.5, 0.9, 1.0])
-    watch = Watch(Asked(9, range(1, 9), lambda model: next(scores), good_enough=0.9), torch.tensor([0]))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(Enough), watch.watching(model):
-        for _ in range(9):
-            model(torch.tensor([[1]])).logits.sum().backward()
-            optimizer.step()
-    assert [value for _, _, value in watch.curve] == [0.5, 0.9]
-
-
 def test_held_out_loss_of_a_model_that_knows_nothing() -> None:
     model = _Words()
     nn.init.zeros_(model.table.weight)
@@ -359,7 +364,7 @@ def test_the_whole_of_it(tmp_path: Path, tiny_tokenizer: Path, tiny_data: Path) 
             *("--work", str(tmp_path / "work"), "--results", str(tmp_path / "results.json")),
             *("--params", str(ROOT / "presets" / "tiny.yaml"), "--rounds", "1", "--tokens", "8192"),
             *("--only", "pretrain-headroom", "pretrain-trainer-grouped", "finetune-headroom"),
-            *("--accuracy", "0.2"),
+            *("--accuracy", "0.2", "--profile"),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -375,7 +380,11 @@ def test_the_whole_of_it(tmp_path: Path, tiny_tokenizer: Path, tiny_data: Path) 
         assert only["positions"][-1] == 4 * 2048
         assert 0 < only["tokens"][-1] < only["positions"][-1]
         assert only["curve"][-1][2] < 5.0
-    assert result["runs"]["finetune-headroom"][0]["curve"][-1][2] >= 0.2
+    finetuned = result["runs"]["finetune-headroom"]
+    assert len(finetuned) == 2
+    assert all(each["curve"][-1][0] == len(each["seconds"]) for each in finetuned)
+    assert set(result["profiles"]) == set(result["runs"])
+    assert all(each["step_seconds"] > 0 for each in result["profiles"].values())
     headline = json.loads(done.stdout.splitlines()[-1])
     assert headline["failures"] == {}
     assert "Headroom, packed" in (docs / "training.md").read_text()
