@@ -138,8 +138,8 @@ def _finetuning(rows: Sequence[FinetuneRow], result: Mapping[str, Any]) -> str:
             f"clock stops and the model is judged on {facts['validation_texts']} validation texts. One such curve "
             f"jumps by a point from one judgement to the next; {100 * result['accuracy']:.1f} % accuracy is reached "
             f"where the mean curve of all {max(len(row.curves) for row in rows)} seeds first does. In brackets stands "
-            "what leaving out one seed at a time makes of it. The whole process is from its start to its last step, imports "
-            "and evaluations included.",
+            "what leaving out one seed at a time makes of it. The whole process is from its start to its last step, "
+            "imports and evaluations included.",
             "",
             f"| | seconds to {100 * result['accuracy']:.1f} % | Headroom is | accuracy at the end, % "
             "| whole process, s | tokens/s | Headroom is | not text | peak memory, MiB |",
