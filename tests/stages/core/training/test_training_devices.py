@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -41,18 +42,27 @@ MORE = [f"language-{kind}-{what}" for kind in KINDS for what in ("again", "left-
 PARTS = [f"language-{kind}-parts" for kind in KINDS]
 
 
-def start(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command the way a user would, with the code of this repository."""
+SECONDS = 240
+
+
+def begin(*command: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start a command the way a user would, with the code of this repository."""
     threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HEADROOM_EXECUTION": "test"}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
         env={**os.environ, **threads, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9", **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
     )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait until a command has done what it should; return what it said."""
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, said[-3000:]
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +81,11 @@ def together(one_process: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("two")
     for kind in KINDS:
         shutil.copytree(one_process["state"], out / "state" / f"language-{kind}-again")
-    done = start(
-        "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), str(out), *TWO, *MORE, *PARTS, folder=out
+    finish(
+        begin(
+            "-m", "torch.distributed.run", "--nproc-per-node=2", str(WORKER), str(out), *TWO, *MORE, *PARTS, folder=out
+        )
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 
@@ -189,16 +200,49 @@ def test_the_stage_starts_what_params_ask_for(project: Path, monkeypatch: pytest
     write_params(project, None)
     assert finetune_here(project, "alone", monkeypatch) == 0
     write_params(project, TWO_COPIES)
-    done = start("-m", "stages.finetune", *OPTIONS, "together", folder=project)
-    assert done.returncode == 0, done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("finetune: ")]) == 3, done.stderr
-    alone, together = (pandas.read_csv(project / out / "history.csv") for out in ("alone", "together"))
-    pandas.testing.assert_frame_equal(alone, together, rtol=0.0, atol=1e-4)
-    verify(project / "together")
-    one, two = (load_file(project / out / "model" / "model.safetensors") for out in ("alone", "together"))
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
+    said = finish(begin("-m", "stages.finetune", *OPTIONS, "together", folder=project))
+    assert len([line for line in said.splitlines() if line.startswith("finetune: ")]) == 3, said
+    _assert_same_training(project / "alone", project / "together")
     assert list((project / "artifacts" / ".state" / "staging").iterdir()) == []
     assert len(list((project / "artifacts" / ".runs").rglob("run.json"))) == 2
+
+
+def _assert_same_training(alone: Path, together: Path) -> None:
+    verify(together)
+    one, two = (pandas.read_csv(out / "history.csv") for out in (alone, together))
+    pandas.testing.assert_frame_equal(one, two, rtol=0.0, atol=1e-4)
+    before, after = (load_file(out / "model" / "model.safetensors") for out in (alone, together))
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-3
+
+
+def test_two_machines_train_together(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launchers with folders of their own, which meet as two machines do: by torchrun's variables alone."""
+    write_params(project, None)
+    assert finetune_here(project, "alone", monkeypatch) == 0
+    write_params(project, TWO_COPIES)
+    other = tmp_path / "other machine"
+    for name in ("checkpoint", "data", "corpus"):
+        shutil.copytree(project / name, other / name)
+    shutil.copy(project / "params.yaml", other)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = [
+        begin(
+            *("-m", "stages.finetune", *OPTIONS, "together"),
+            folder=folder,
+            PET_NNODES="2",
+            PET_NODE_RANK=rank,
+            PET_MASTER_ADDR="127.0.0.1",
+            PET_MASTER_PORT=port,
+        )
+        for rank, folder in (("0", project), ("1", other))
+    ]
+    first, second = map(finish, machines)
+    assert len([line for line in first.splitlines() if line.startswith("finetune: ")]) == 3, first
+    assert "finetune: " not in second
+    assert not (other / "together").exists()
+    _assert_same_training(project / "alone", project / "together")
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])
