@@ -12,11 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stages.core.added import PrefixedAttention
 from stages.core.errors import UserError
 
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+
+
+def outermost(model: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models that a model is made of, not those within them."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [found for child in model.children() for found in outermost(child)]
 
 
 @dataclass(frozen=True)

@@ -62,23 +62,27 @@ class Pretraining:
         return {**tensors, **_documents(self.blocks.train_documents, rows)}
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
-        """Held-out figures, the mean over batches; chance is the same every time."""
+        """Held-out figures, the mean over all that is to be guessed; chance is the same every time."""
         starts = range(0, len(self.blocks.heldout), _HELDOUT_BATCH)
         measured = [self._measure(slice(start, start + _HELDOUT_BATCH)) for start in starts]
-        names = dict.fromkeys(name for batch in measured for name in batch)
+        names = dict.fromkeys(name for _, batch in measured for name in batch)
         if not names:
             raise UserError("params.yaml: tokenize.corpus_tokens: the held-out blocks have nothing to guess; raise it")
-        figures = {name: _mean([batch[name] for batch in measured if name in batch]) for name in names}
+        figures = {
+            name: _mean([(weight, batch[name]) for weight, batch in measured if name in batch]) for name in names
+        }
         loss = figures["heldout_loss"]
         told = language_figures(loss, self.bytes_per_token) if self.objective.vocabulary_head else {}
         return -loss, figures | told
 
     @torch.inference_mode()
-    def _measure(self, rows: slice) -> dict[str, float]:
+    def _measure(self, rows: slice) -> tuple[float, dict[str, float]]:
+        """Figures of some blocks, and what they are a mean over."""
         generator = torch.Generator().manual_seed(_HELDOUT_SEED + rows.start)
         tensors = self.objective.prepare(self.blocks.heldout[rows], 0.0, generator)
         whole = {**tensors, **_documents(self.blocks.heldout_documents, rows)}
-        return self.objective.measure(to_device(whole, self.objective.model)) if self.objective.weight(whole) else {}
+        weight = self.objective.weight(whole)
+        return weight, self.objective.measure(to_device(whole, self.objective.model)) if weight else {}
 
     def _bytes_per_token(self, tokenizer: Any) -> float | None:
         """Bytes of text for each token that the held-out loss may fall on; None where it falls on other tokens."""
@@ -97,8 +101,9 @@ def _documents(documents: Tensor | None, rows: Sequence[int] | slice) -> Tensors
     return {} if documents is None else {"documents": documents[rows]}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(weighted: Sequence[tuple[float, float]]) -> float:
+    """Mean of values, each with its weight before it."""
+    return sum(weight * value for weight, value in weighted) / sum(weight for weight, _ in weighted)
 
 
 def run_pretrain(run: StageRun) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import safetensors.torch
 
 from stages.core.artifacts import write_json
 from stages.core.errors import UserError
+from stages.core.launch import is_first_process
 from stages.core.params import FaultParams
 from stages.core.training.recipe import Batch, Faults, Position, Tensors
 
@@ -98,17 +99,18 @@ def stop_where_it_persists(
     faults = position.faults
     if faults.in_a_row < params.skips or faults.rollbacks < params.rollbacks:
         return
-    path = _write_evidence(folder, step, batch, tensors, position)
+    path = folder / "bad-batch.safetensors"
+    if is_first_process():  # all have the whole batch
+        _write_evidence(path, step, batch, tensors, position)
     raise UserError(
         f"step {position.step}: {fault}, after {faults.rollbacks} ways back to a saved state and at {faults.rate:.3g} "
         f"of the learning rate; look at the batch in {path}, or lower the learning rate"
     )
 
 
-def _write_evidence(folder: Path, step: Step, batch: Batch, tensors: Tensors, position: Position) -> Path:
+def _write_evidence(path: Path, step: Step, batch: Batch, tensors: Tensors, position: Position) -> None:
     """Write the batch of a bad step: its tensors, and beside them in JSON its rows and what the step came to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "bad-batch.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     description = {
         "step": position.step,
@@ -121,7 +123,6 @@ def _write_evidence(folder: Path, step: Step, batch: Batch, tensors: Tensors, po
         "bad_batches": position.faults.bad_batches,
     }
     write_json(path.with_suffix(".json"), description)
-    return path
 
 
 def _number(value: float) -> float | str:

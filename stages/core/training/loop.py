@@ -116,8 +116,11 @@ class Trainer:
         first = to_device(self.recipe.prepare(batches[0]), self.model)
         examples = len(next(iter(first.values())))
         self.model.train()
+        kept = int(self.recipe.keep_best) + int(self.recipe.optimizer.averaging is not None)
         parts = stack.enter_context(
-            fitted_to_memory(self.model, params, examples, lambda parts: self._saved_bytes(split(first, parts)[0]))
+            fitted_to_memory(
+                self.model, params, examples, lambda parts: self._saved_bytes(split(first, parts)[0]), kept
+            )
         )
         position.parts = max(parts, position.parts)
         if params.compile:

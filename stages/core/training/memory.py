@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stages.core.errors import UserError
 from stages.core.params import TrainingParams
+from stages.core.structure import outermost
 from stages.core.training.recipe import Position, Tensors, count_examples
 
-_COPIES = 4
-"""Of the trained weights: themselves, gradients, and two moments, as Adam has."""
+_COPIES = 3
+"""Of the trained weights beside themselves: gradients, and two moments, as Adam has."""
 _MEBI = 2**20
 _CPU_IS_FULL = "can't allocate memory"  # torch has a type of error for a full GPU, and these words for the CPU
 
@@ -45,7 +45,7 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
 
 @contextmanager
 def fitted_to_memory(
-    model: nn.Module, params: TrainingParams, examples: int, needed: Callable[[int], int]
+    model: nn.Module, params: TrainingParams, examples: int, needed: Callable[[int], int], kept: int = 0
 ) -> Iterator[int]:
     """Choose how a batch is trained under the budget.
 
@@ -54,6 +54,7 @@ def fitted_to_memory(
         params: budget, and whether activations must or may be computed twice.
         examples: of a batch; more micro-batches there cannot be.
         needed: bytes that the first of so many micro-batches keeps for its backward pass.
+        kept: copies of all weights that the run keeps, such as the best ones so far.
 
     Yields:
         into how many micro-batches a batch is cut.
@@ -62,7 +63,7 @@ def fitted_to_memory(
         UserError: if nothing fits, or the model cannot compute activations twice though the params want it.
     """
     ways = {"auto": (False, True), True: (True,), False: (False,)}[params.activation_checkpointing]
-    room = _room(model, params)
+    room = _room(model, params, kept)
     least = 0
     for twice in ways:
         with checkpointed(model, twice):
@@ -79,13 +80,13 @@ def fitted_to_memory(
     )
 
 
-def _room(model: nn.Module, params: TrainingParams) -> float | None:
+def _room(model: nn.Module, params: TrainingParams, kept: int) -> float | None:
     """Bytes that the budget leaves for activations."""
     if params.memory_budget_mb is None:
         return None
     weights = sum(_size(part) for part in model.parameters())
     trained = sum(_size(part) for part in model.parameters() if part.requires_grad)
-    return params.memory_budget_mb * _MEBI - weights - (_COPIES - 1) * trained
+    return params.memory_budget_mb * _MEBI - (1 + kept) * weights - _COPIES * trained
 
 
 def _size(tensor: Tensor) -> int:
@@ -98,20 +99,19 @@ def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    found: list[Any] = [
-        part for part in model.modules() if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing
-    ]
-    if not found:
+    found: list[Any] = outermost(model)
+    if not found or not all(each.supports_gradient_checkpointing for each in found):
         raise UserError(
             "params.yaml: training.activation_checkpointing: this architecture cannot compute activations twice; "
             "set it to false"
         )
-    whole = found[0]
-    whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for each in found:
+        each.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         yield
     finally:
-        whole.gradient_checkpointing_disable()
+        for each in found:
+            each.gradient_checkpointing_disable()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages.core.hardware import TrainingPrecision
 from stages.core.products import product_rate
+from stages.core.structure import outermost
 from stages.core.training.recipe import Position, Tensors, count_examples
 
 _DTYPES: dict[TrainingPrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,11 +44,11 @@ class Arithmetic:
 
         None where tokens do not all go through the same weights: with a decoder beside an encoder, or several models.
         """
-        outermost = _outermost(model)
-        if not outermost:
+        found = outermost(model)
+        if not found:
             return cls(float(sum(map(_weights, model.modules()))), 0.0, 0.0)
-        whole, config = outermost[0], cast(Any, outermost[0].config)
-        if len(outermost) > 1 or config.is_encoder_decoder:
+        whole, config = found[0], cast(Any, found[0].config)
+        if len(found) > 1 or config.is_encoder_decoder:
             return None
         base: nn.Module = whole.base_model
         counted = {id(part) for name, part in base.named_modules() if "pooler" not in name}
@@ -66,13 +66,6 @@ class Arithmetic:
             labels: positions or texts that have one.
         """
         return 6.0 * (self.body * tokens + self.head * labels) + 12.0 * self.attention * pairs
-
-
-def _outermost(model: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models that a model is made of, not those within them."""
-    if isinstance(model, PreTrainedModel):
-        return [model]
-    return [found for child in model.children() for found in _outermost(child)]
 
 
 def _weights(part: nn.Module) -> int:

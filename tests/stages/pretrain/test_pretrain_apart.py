@@ -98,3 +98,18 @@ def test_what_cannot_keep_documents_apart_is_refused(
     )
     with pytest.raises(UserError, match=reason):
         run_pretrain(run)
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens_however_they_are_batched(
+    apart: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = params_for("causal")
+    objective = build_objective(params.pretrain.objective, scratch(tmp_path, "gpt2"), tokenizer, LENGTH)
+    objective.model.eval()
+    run: Any = FakeRun(tmp_path / "run", params)
+    pretraining = Pretraining(objective, Blocks(apart, 1, 16 * LENGTH, 0), tokenizer, run)
+    found = []
+    for size in (1, 1000):
+        monkeypatch.setattr("stages.pretrain.__main__._HELDOUT_BATCH", size)
+        found.append(pretraining.evaluate()[1]["heldout_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -18,7 +18,7 @@ from training_problem import FakeRun, InterruptedFitError, Problem
 from stages.core.artifacts import read_json
 from stages.core.errors import UserError
 from stages.core.params import FaultParams
-from stages.core.training.faults import Step, find_fault, remember_good_step
+from stages.core.training.faults import Step, find_fault, remember_good_step, stop_where_it_persists
 from stages.core.training.memory import is_out_of_memory
 from stages.core.training.recipe import Faults, Position, Tensors
 
@@ -181,6 +181,15 @@ def test_bad_to_the_end_goes_further_back_each_time_and_stops_with_the_batch(tmp
     again.before = lambda call, tensors: tensors["targets"].fill_(float("nan"))  # type: ignore[assignment,return-value]
     with pytest.raises(UserError, match="after 2 ways back"):
         again.fit(FakeRun(tmp_path, {"steps": 4, "keep": 9}))
+
+
+def test_the_batch_is_written_by_the_first_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    tensors, faults = {"inputs": torch.ones(2)}, Faults(in_a_row=2, rollbacks=2)
+    step = Step(float("nan"), 1.0)
+    with pytest.raises(UserError, match="look at the batch in"):
+        stop_where_it_persists("bad", step, [0], tensors, Position(faults=faults), POLICY, tmp_path / "fault")
+    assert not (tmp_path / "fault").exists()
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path) -> None:

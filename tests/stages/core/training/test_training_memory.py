@@ -84,6 +84,19 @@ def test_micro_batches_are_as_many_as_the_budget_needs(budget: int | None, parts
         assert chosen == parts
 
 
+def test_copies_that_a_run_keeps_count() -> None:
+    for kept, wanted in ((0, 1), (1, 2)):
+        with fitted_to_memory(_Model(), _params(44, False), 8, lambda parts: 40 * 2**20 // parts, kept) as parts:
+            assert parts == wanted
+
+
+def test_each_of_several_models_computes_twice() -> None:
+    both = nn.ModuleList([_bert(), _bert()])
+    with checkpointed(both, True):
+        assert all(model.is_gradient_checkpointing for model in both)
+    assert not any(model.is_gradient_checkpointing for model in both)
+
+
 def test_micro_batches_come_before_computing_twice() -> None:
     model = _bert()
     seen: list[tuple[int, bool]] = []
