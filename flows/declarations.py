@@ -26,7 +26,7 @@ _CONTRACT = Path("stages/core/stage.py")
 _IN_TEMPLATE = re.compile(r"\bparams\.(\w+)")
 _SECTIONS = set(Params.model_fields)
 _ALWAYS = {"seed"}  # the stage contract seeds every stage, whether its code draws a number or not
-_NEVER = {"tracking"}  # where runs are recorded changes no result; `register` alone is about it
+_NEVER = {"saves", "tracking"}  # what is kept and told on the way changes no result; `register` alone is about telling
 
 
 def declaration_problems() -> list[str]:

@@ -335,7 +335,7 @@ class OptimizerParams(Section):
 
 
 class SaveParams(Section):
-    """How often a training run saves the state that it resumes from."""
+    """How often a training run saves the state that it resumes from. It changes no result, and reruns no stage."""
 
     seconds: NotNegative
     """Between two saved states; 0 saves after every step."""
@@ -391,7 +391,6 @@ class ParallelParams(Section):
 class TrainingParams(Section):
     """The engine of every stage that trains."""
 
-    saves: SaveParams
     faults: FaultParams
     parallel: ParallelParams | None
     """null: one process on one device."""
@@ -1361,6 +1360,7 @@ class Params(Section):
     acquire: AcquireParams
     clean: CleanParams
     tokenize: TokenizeParams
+    saves: SaveParams
     training: TrainingParams
     pretrain: PretrainParams
     finetune: FinetuneParams

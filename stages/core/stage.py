@@ -339,7 +339,7 @@ def _state_key(name: str, params: Params, inputs: Mapping[str, Path]) -> str:
     Resume state of anything else is stale. How often states are saved, and by how many processes, may change between a
     run and its resumption.
     """
-    values = params.model_dump_json(exclude={"tracking": True, "training": {"saves", "parallel"}})
+    values = params.model_dump_json(exclude={"tracking": True, "saves": True, "training": {"parallel"}})
     code = [file_sha256(path) for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     sums = [file_sha256(folder / MANIFEST) for folder in inputs.values()]
     folders = params.distill.checkpoints().values()

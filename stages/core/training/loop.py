@@ -76,7 +76,7 @@ class Trainer:
         self.average = WeightAverage(model, recipe.optimizer.averaging)
         self.best: dict[str, Tensor] = {}
         self.generators = Generators()
-        self.states = SavedStates(run.state / phase, run.params.training.saves.keep, self._say)
+        self.states = SavedStates(run.state / phase, run.params.saves.keep, self._say)
         self._saved_at = time.monotonic()
 
     def fit(self) -> Position:
@@ -313,7 +313,7 @@ class Trainer:
 
     def _save_where_due(self, interrupted: threading.Event) -> None:
         """Save the state when it is time to, and before an interrupt ends the run."""
-        saves = self.run.params.training.saves
+        saves = self.run.params.saves
         by_clock = time.monotonic() - self._saved_at > saves.seconds
         by_steps = saves.steps is not None and self.position.step % saves.steps == 0
         stop, save = self.devices.any(interrupted.is_set(), by_clock or by_steps)

@@ -329,8 +329,7 @@ def test_resume_state_belongs_to_what_decides_the_result(params: Params, change:
     elif change == "tracking":
         other = params.model_copy(update={"tracking": params.tracking.model_copy(update={"experiment": "another"})})
     elif change == "saves":
-        saves = params.training.saves.model_copy(update={"seconds": 5.0})
-        other = params.model_copy(update={"training": params.training.model_copy(update={"saves": saves})})
+        other = params.model_copy(update={"saves": params.saves.model_copy(update={"seconds": 5.0})})
     elif change == "input":
         (DATA / "train.parquet").write_bytes(b"other rows")
         write_manifest(DATA)

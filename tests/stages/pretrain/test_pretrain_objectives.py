@@ -371,13 +371,7 @@ def test_a_broken_off_run_ends_with_the_same_generator_and_discriminator(
     tmp_path: Path, tokenizer_folder: Path, blocks_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = params_for("replaced_tokens", steps=8)
-    every_step = params.model_copy(
-        update={
-            "training": params.training.model_copy(
-                update={"saves": params.training.saves.model_copy(update={"seconds": 0.0})}
-            )
-        }
-    )
+    every_step = params.model_copy(update={"saves": params.saves.model_copy(update={"seconds": 0.0})})
     inputs = {"checkpoint": scratch(tmp_path / "c", "electra"), "tokenizer": tokenizer_folder, "blocks": blocks_folder}
     whole: Any = FakeRun(tmp_path / "whole", every_step, **inputs)
     run_pretrain(whole)

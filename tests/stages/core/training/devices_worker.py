@@ -38,7 +38,7 @@ OPTIMIZER = OptimizerParams(
     precision="fp32",
     averaging=None,
 )
-TRAINING = load_params(Path(__file__).parents[4] / "presets" / "tiny.yaml").training
+PARAMS = load_params(Path(__file__).parents[4] / "presets" / "tiny.yaml")
 STOPPED_AFTER = 3
 SIZES = [8, 5, 1, 7, 6]  # rows of each batch: uneven shares, and one row for two processes
 CASES: dict[str, tuple[str, dict[str, int]]] = {
@@ -147,7 +147,7 @@ class Problem:
 def make_run(state: Path, sizes: dict[str, int], stopped: bool) -> Any:
     """A stage's run without a stage; the last process is told to stop after a few steps, as by Ctrl-C."""
     axes = {"data": 1, "shards": 1, "tensor": 1, "pipeline": 1} | sizes
-    training = TRAINING.model_copy(update={"parallel": ParallelParams(**axes) if sizes else None})
+    training = PARAMS.training.model_copy(update={"parallel": ParallelParams(**axes) if sizes else None})
     said: list[str] = []
 
     def log(step: int, **_: float) -> None:
@@ -157,7 +157,7 @@ def make_run(state: Path, sizes: dict[str, int], stopped: bool) -> Any:
     return SimpleNamespace(
         name="test",
         state=state,
-        params=SimpleNamespace(training=training),
+        params=SimpleNamespace(saves=PARAMS.saves, training=training),
         record=SimpleNamespace(log=lambda step, values: None),
         log=log,
         say=said.append,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from training_problem import OPTIMIZER, TRAINING
+from training_problem import OPTIMIZER, PARAMS, TRAINING
 
 from stages.core.params import SaveParams
 from stages.core.training.loop import train
@@ -27,7 +27,7 @@ class FakeRun:
         self.live: dict[str, float] = {}
         self.said: list[str] = []
         self.record = SimpleNamespace(log=lambda step, values: self.live.update(values))
-        self.params = SimpleNamespace(training=TRAINING.model_copy(update={"compile": compiled}))
+        self.params = SimpleNamespace(saves=PARAMS.saves, training=TRAINING.model_copy(update={"compile": compiled}))
 
     def log(self, step: int, **values: float) -> None:
         """Keep no curves."""
@@ -77,9 +77,7 @@ def test_compiled_resumes_with_the_same_bits_and_reports(tmp_path: Path) -> None
     # chance falls elsewhere than uncompiled, but the same line is learned
     torch.testing.assert_close(wanted, _fit(FakeRun(tmp_path / "eager", False)), atol=0.2, rtol=0.5)
     broken = FakeRun(tmp_path / "broken", True)
-    broken.params.training = broken.params.training.model_copy(
-        update={"saves": SaveParams(seconds=0.0, steps=None, keep=1)}
-    )
+    broken.params.saves = SaveParams(seconds=0.0, steps=None, keep=1)
     with pytest.raises(KeyboardInterrupt):
         _fit(broken, stop_at=2)
     assert torch.equal(_fit(FakeRun(tmp_path / "broken", True)), wanted)

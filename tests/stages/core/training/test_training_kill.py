@@ -132,7 +132,7 @@ def _run(folder: Path, stage: str, inputs: dict[str, Path], kind: str | None = N
 
 def _folder(root: Path, saves: dict[str, Any]) -> Path:
     raw = _params()
-    raw["training"]["saves"] = saves
+    raw["saves"] = saves
     root.mkdir()
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
     return root

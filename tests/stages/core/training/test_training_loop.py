@@ -29,7 +29,7 @@ class FakeRun:
         self.points: list[tuple[int, dict[str, float]]] = []
         self.said: list[str] = []
         self.record = SimpleNamespace(log=lambda step, values: None)
-        self.params = SimpleNamespace(training=TRAINING.model_copy(update={"saves": saves, "faults": faults}))
+        self.params = SimpleNamespace(saves=saves, training=TRAINING.model_copy(update={"faults": faults}))
 
     def log(self, step: int, **values: float) -> None:
         self.points.append((step, values))

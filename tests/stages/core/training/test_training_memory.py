@@ -141,7 +141,7 @@ def _fit(state: Path, budget: int | None) -> tuple[int, torch.Tensor]:
     run: Any = SimpleNamespace(
         name="test",
         state=state,
-        params=SimpleNamespace(training=_params(budget)),
+        params=SimpleNamespace(saves=training_problem.PARAMS.saves, training=_params(budget)),
         record=SimpleNamespace(log=lambda step, values: None),
         log=lambda step, **values: None,
         say=lambda message: None,

@@ -27,7 +27,8 @@ OPTIMIZER = OptimizerParams(
     precision="fp32",
     averaging=None,
 )
-TRAINING = load_params(Path(__file__).parents[4] / "presets" / "tiny.yaml").training
+PARAMS = load_params(Path(__file__).parents[4] / "presets" / "tiny.yaml")
+TRAINING = PARAMS.training
 SAVES: dict[str, Any] = {"seconds": 60.0, "steps": None, "keep": 2}
 FAULTS: dict[str, Any] = {"spike": None, "window": 5, "skips": 2, "rollbacks": 2, "rate_factor": 0.5}
 ROUNDS, BATCHES = 3, 10
@@ -50,8 +51,8 @@ class FakeRun:
         self.name, self.state = "test", state
         self.said: list[str] = []
         self.record = SimpleNamespace(log=lambda step, values: None)
-        policies = {"saves": SaveParams(**SAVES | (saves or {})), "faults": FaultParams(**FAULTS | (faults or {}))}
-        self.params = SimpleNamespace(training=TRAINING.model_copy(update=policies))
+        training = TRAINING.model_copy(update={"faults": FaultParams(**FAULTS | (faults or {}))})
+        self.params = SimpleNamespace(saves=SaveParams(**SAVES | (saves or {})), training=training)
 
     def log(self, step: int, **values: float) -> None:
         pass
