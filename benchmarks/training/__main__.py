@@ -201,6 +201,7 @@ def _train(
         do=contender.task,
         folder=str(work / contender.task),
         form=contender.form,
+        compiled=contender.compiled,
         seed=seed,
         last_step=last,
         judgements=judgements,

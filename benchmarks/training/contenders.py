@@ -25,7 +25,8 @@ class Contender:
     """Of the steps that it runs before it is stopped; less than 1 for what is too slow to run in full every round."""
     whole_once: bool = False
     """Whether it runs in full in the first round all the same, for the loss that it ends with."""
-
+    compiled: bool = False
+    """Whether Headroom's loss is compiled; the speed leaves the compiling out."""
     when_named: bool = False
     """Whether it takes part only where `--only` names it, to keep the default run short."""
 
@@ -40,6 +41,14 @@ TARGET_FINETUNE = "finetune-trainer-dynamic"
 
 CONTENDERS = (
     Contender("pretrain-headroom", "Headroom, packed", "pretrain", "headroom"),
+    Contender(
+        "pretrain-headroom-compiled",
+        "Headroom, the same, compiled",
+        "pretrain",
+        "headroom",
+        compiled=True,
+        when_named=True,
+    ),
     # Padding changes no gradient, so that this one would end where the next one does, only later.
     Contender(
         "pretrain-trainer-padded", "Trainer, a text a row, padded to full length", "pretrain", "padded", share=0.2
@@ -62,15 +71,16 @@ CONTENDERS = (
 
 
 def choose(only: Sequence[str]) -> list[Contender]:
-    """Keep the contenders whose name starts with one of `only`; if it is empty, all that need not be named.
+    """Keep the contenders that `only` names, whole or by the beginnings of names; if empty, all that need not be named.
 
     Raises:
         UserError: if a name fits nobody.
     """
-    for name in only:
-        if not any(contender.name.startswith(name) for contender in CONTENDERS):
-            names = ", ".join(contender.name for contender in CONTENDERS)
-            raise UserError(f"--only {name}: no such contender; there are {names}")
-    if not only:
-        return [each for each in CONTENDERS if not each.when_named]
-    return [each for each in CONTENDERS if any(each.name.startswith(name) for name in only)]
+    names = [contender.name for contender in CONTENDERS]
+    chosen: set[str] = set()
+    for given in only:
+        found = [given] if given in names else [name for name in names if name.startswith(given)]
+        if not found:
+            raise UserError(f"--only {given}: no such contender; there are {', '.join(names)}")
+        chosen.update(found)
+    return [each for each in CONTENDERS if each.name in chosen or (not only and not each.when_named)]

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import yaml
 from torch import nn
 
+from benchmarks.methods.declared import changed
 from benchmarks.training.watch import Watch
 from benchmarks.workers import ROOT
 from stages.core.artifacts import STATE
@@ -24,7 +25,7 @@ from stages.core.training import loop
 from stages.core.training.recipe import Position, Recipe
 
 
-def train_stage(stage: str, folder: Path, seed: int, watch: Watch) -> None:
+def train_stage(stage: str, folder: Path, seed: int, watch: Watch, compiled: bool = False) -> None:
     """Run a stage with its training watched; ends with `Enough` unless the stage trains less than was asked.
 
     Args:
@@ -32,10 +33,12 @@ def train_stage(stage: str, folder: Path, seed: int, watch: Watch) -> None:
         folder: to run in.
         seed: put into the params file.
         watch: of its training.
+        compiled: whether its loss is compiled.
     """
     path = folder / "params.yaml"
     params = yaml.safe_load(path.read_text(encoding="utf-8"))
-    path.write_text(yaml.safe_dump({**params, "seed": seed}, sort_keys=False), encoding="utf-8")
+    params = changed(params, {"seed": seed, "training.compile": compiled})
+    path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     shutil.rmtree(folder / STATE, ignore_errors=True)  # a state saved by an earlier round would be taken up again
     train = loop.train
 

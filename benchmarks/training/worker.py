@@ -69,7 +69,7 @@ def _pretrain(request: dict[str, Any]) -> dict[str, Any]:
     )
     try:
         if form == "headroom":
-            engine.train_stage("pretrain", folder, seed, watch)
+            engine.train_stage("pretrain", folder, seed, watch, request["compiled"])
         else:
             peer.train_masked(form, folder / CHECKPOINT, rows["train"], facts, seed, watch)
     except Enough:

@@ -229,7 +229,9 @@ def test_a_page_without_markers_is_refused() -> None:
 
 def test_a_name_that_fits_nobody_is_refused() -> None:
     assert {each.task for each in choose(["finetune"])} == {"finetune"}
-    assert {each.name for each in CONTENDERS} - {each.name for each in choose([])} == {"finetune-trainer-by-length"}
+    left_out = {each.name for each in CONTENDERS} - {each.name for each in choose([])}
+    assert [each.name for each in choose(["pretrain-headroom"])] == ["pretrain-headroom"]
+    assert left_out == {"finetune-trainer-by-length", "pretrain-headroom-compiled"}
     with pytest.raises(UserError, match="--only olive"):
         choose(["olive"])
 
