@@ -78,6 +78,11 @@ def tokens_per_second(run: Run) -> float:
     return float(tokens / seconds)
 
 
+def tokens_per_step(run: Run) -> float:
+    """Tokens of texts in a step, its mean after the first one, to which a compiler's trials count."""
+    return float(numpy.mean(numpy.diff(run["tokens"])))
+
+
 def padding(run: Run) -> float:
     """Share of the computed positions that held no token of a text: padding and special tokens."""
     return 1.0 - float(run["tokens"][-1] / run["positions"][-1])
@@ -115,7 +120,7 @@ def pretrain_row(contender: Contender, runs: Sequence[Run], result: Mapping[str,
         contender,
         speeds,
         float(numpy.median([padding(run) for run in runs])),
-        float(numpy.median([run["tokens"][-1] / len(run["tokens"]) for run in runs])),
+        float(numpy.median([tokens_per_step(run) for run in runs])),
         {number: float(run["curve"][-1][2]) for number, run in whole.items()},
         {number: float(run["blocks_loss"]) for number, run in whole.items()},
         _shares(speeds, needed, [each["square"] for each in ceilings]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from stages.core.checkpoints import count_parameters, extend_lineage, save_model
 from stages.core.examples import Examples, load_examples, load_labels, load_pad_id
 from stages.core.judging import judge, validation_quality
 from stages.core.stage import StageRun, command
-from stages.core.tasks import get_task
+from stages.core.tasks import Task, get_task
 from stages.core.tensors import pad_tensors, shuffled_batches
 from stages.core.training.loop import train
 from stages.core.training.recipe import Batch, Recipe, Tensors
@@ -106,13 +106,10 @@ def _fit(
     torch.manual_seed(seed)
     params, data, number = run.params.finetune, run.inputs["data"], next(numbers)
     task, metric, pad_id = get_task(run.params.task.kind), run.params.quality.metric, load_pad_id(data)
-    labels, options = load_labels(data), loss_options(params, examples.labels.tolist(), len(load_labels(data)))
+    labels = load_labels(data)
+    options = loss_options(params, examples.labels.tolist(), len(labels))
     examples = add_copies(examples, params.augmentation, data, run.inputs["model"], run.inputs.get("lexicon"), seed)
-    model: Any = task.build_model(run.inputs["model"], labels)
-    if params.mixup:
-        check_mixable(model)
-    reinitialize(model, params.reinitialized_layers)
-    set_dropout(model, params.dropout)
+    model = _build_model(run, task, labels)
     lengths = [len(row) for row in examples.input_ids]
 
     def prepare(batch: Batch) -> Tensors:
@@ -154,6 +151,17 @@ def _fit(
     tuning.finish()
     quality = validation_quality(model, task, validation, pad_id)[metric]
     return Learned(model, position, trained_parameters, len(examples), quality)
+
+
+def _build_model(run: StageRun, task: Task, labels: Sequence[str]) -> Any:
+    """The pretrained checkpoint under a fresh head, changed as the params ask."""
+    params = run.params.finetune
+    model: Any = task.build_model(run.inputs["model"], labels)
+    if params.mixup:
+        check_mixable(model)
+    reinitialize(model, params.reinitialized_layers)
+    set_dropout(model, params.dropout)
+    return model
 
 
 if __name__ == "__main__":
