@@ -123,24 +123,33 @@ class _Run:
         self._tracker = tracker
         self._workers = workers
         self._force = force
-        self._processes = Processes(side_by_side=workers > 1)
+        self._processes = Processes(side_by_side=workers > 1, mirrored=True)
         self._results: dict[str, StageResult] = {}
         self._ended: queue.Queue[str] = queue.Queue()
         self._metric = tracker.params.quality.metric
 
     def build(self) -> RunSummary:
         """Build every stage that must be built; return what became of each."""
-        started = time.monotonic()
         self._tracker.start()
+        status, report = "FAILED", None
+        try:
+            summary = self._build()
+            status = _MLFLOW_STATUS.get(summary.status, "FAILED")
+            done = any(each.stage == "report" and each.status in ("ran", "cached") for each in summary.stages)
+            report = report_page() if done else None
+        finally:
+            self._tracker.finish(status, report)
+        return summary
+
+    def _build(self) -> RunSummary:
+        started = time.monotonic()
         with _stoppable(self._processes):
             self._schedule()
         results = [self._results[stage.name] for stage in self._stages]
-        status, seconds = _run_status(results), time.monotonic() - started
-        summary = RunSummary(self._tracker.execution, status, seconds, results, _ladder_if_whole())
+        seconds = time.monotonic() - started
+        summary = RunSummary(self._tracker.execution, _run_status(results), seconds, results, _ladder_if_whole())
         write_json(RUNS / summary.execution / SUMMARY_FILE, summary.to_dict())
         _publish(summary)
-        done = any(result.stage == "report" and result.status in ("ran", "cached") for result in results)
-        self._tracker.finish(_MLFLOW_STATUS.get(status, "FAILED"), report_page() if done else None)
         return summary
 
     def _schedule(self) -> None:

@@ -64,8 +64,15 @@ class Processes:
     stages and not to DVC, which then tidies up after them.
     """
 
-    def __init__(self, side_by_side: bool = False) -> None:
+    def __init__(self, side_by_side: bool = False, mirrored: bool = False) -> None:
+        """Start with none.
+
+        Args:
+            side_by_side: whether several may run at a time.
+            mirrored: whether a `Tracker` tells MLflow of the runs; otherwise each stage tells of its own.
+        """
         self.stopping = threading.Event()
+        self._mirrored = mirrored
         self._side_by_side = side_by_side
         self._live: dict[int, subprocess.Popen[bytes]] = {}
         self._told: set[int] = set()
@@ -107,7 +114,7 @@ class Processes:
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
         process = subprocess.Popen(
             command,
-            env=_environment(execution, self._side_by_side),
+            env=_environment(execution, self._side_by_side, self._mirrored),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -185,11 +192,12 @@ def _recorded_error(execution: str, stage: str) -> str:
     return str(newest["tags"].get("headroom.error", "")).removeprefix("UserError: ")
 
 
-def _environment(execution: str, side_by_side: bool) -> dict[str, str]:
+def _environment(execution: str, side_by_side: bool, mirrored: bool) -> dict[str, str]:
     folder = str(Path(sys.executable).parent)
     path = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
-    told = {EXECUTION_VARIABLE: execution, MIRRORED_VARIABLE: "1"}
-    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **told}
+    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", EXECUTION_VARIABLE: execution}
+    if mirrored:
+        environment[MIRRORED_VARIABLE] = "1"
     if side_by_side:
         # PyTorch's threads spin while they wait for one another; spinning beside another stage made a training step
         # four times slower in the median and twenty times at worst, sleeping less than twice.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from flows.environment import prepare
 from flows.graph import read_fingerprints
-from flows.tracking import tag_fingerprints
+from flows.tracking import record_fingerprints, send_fingerprints
 from stages.core.artifacts import digest, read_json
 from stages.core.champions import digest_of_test_split
 from stages.core.choice import RUNTIME_FILE
@@ -133,7 +133,8 @@ def run_register(run: StageRun) -> dict[str, Any]:
         champion = _champion(client, run.params.tracking.model_name)
         decision = decide(contender, champion, run.params.quality.floor, passed, within_floor)
         version = _register(run, client, run_id, contender, decision)
-        tag_fingerprints(run.record.folder.parent.name, read_fingerprints(), client, uri)
+        record_fingerprints(run.record.folder.parent.name, read_fingerprints())
+        send_fingerprints(client, uri)
     except (MlflowException, OSError) as problem:
         raise _unreachable(problem) from None
     name = run.params.tracking.model_name

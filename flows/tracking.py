@@ -10,19 +10,23 @@ from __future__ import annotations
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from flows.graph import Stage
 from stages.core.artifacts import MANIFEST, digest, read_json, write_json
+from stages.core.observe.progress import say
 from stages.core.observe.tracking import (
     MIRROR_FILE,
     RUN_FILE,
     RUNS,
     SECONDS_BETWEEN_PUSHES,
     complain,
+    file_lock,
+    leave_refused,
     milliseconds,
     mirror,
     mirror_all,
@@ -71,23 +75,24 @@ class Tracker:
     def reused(self, stage: Stage) -> None:
         """Record that a stage was cached, linked to the run that made its output."""
         folder = record_reused(stage, self.execution, self.params.tracking.experiment)
-        self._work.put(lambda: mirror_reused(folder, self._client, self.uri))
+        self._work.put(lambda: send_link(folder, self._client, self.uri))
 
     def ran(self) -> None:
-        """Tag the runs of the stages that ran with DVC's fingerprint of what they made."""
+        """Record DVC's fingerprints of what the stages that ran made."""
         from flows.graph import read_fingerprints
 
-        fingerprints = read_fingerprints()
-        self._work.put(lambda: tag_fingerprints(self.execution, fingerprints, self._client, self.uri))
+        record_fingerprints(self.execution, read_fingerprints())
+        self._work.put(lambda: send_fingerprints(self._client, self.uri))
 
     def finish(self, status: str, report: Path | None) -> None:
         """Close the parent run with its status, and the report with it; wait until MLflow holds everything."""
-        write_json(RUNS / self.execution / CLOSING_FILE, {"status": status, "ended": milliseconds()})
-        self._work.put(self._catch_up)  # a stage that was killed left a record that looks as if it ran
-        self._work.put(lambda: self._send_report(report))
-        self._work.put(lambda: close_parent(RUNS / self.execution, self._client, self.uri))
+        closing = {"status": status, "ended": milliseconds(), "report": str(report) if report else None}
+        write_json(RUNS / self.execution / CLOSING_FILE, closing)
+        self._work.put(self._catch_up)
         self._work.put(None)
         self._thread.join(_SECONDS_TO_WAIT_WHEN_AWAY if self._complained else _SECONDS_TO_WAIT_AT_THE_END)
+        if self._thread.is_alive():
+            say("MLflow is slow and does not hold all of this run yet; the next run fills in what is missing")
 
     def _keep_telling(self) -> None:
         while (task := self._next_task()) is not None:
@@ -111,24 +116,21 @@ class Tracker:
             self._catch_up()
         self._behind = True  # until the task is through
         task()
-        self._behind = False
+        self._behind = self._complained = False
 
     def _mirror_stages(self) -> None:
         mirror_live(self.execution, self._client, self.uri)
 
     def _catch_up(self) -> None:
+        """Send all that is on disk and not in MLflow, what runs now before what is old."""
+        self._mirror_stages()
         mirror_all(self._client, self.uri)
         for path in sorted(RUNS.glob(f"*/*/{RUN_FILE}")):
-            if _waits_for_link(path.parent):
-                mirror_reused(path.parent, self._client, self.uri)
+            if read_json(path)["tags"].get(CACHED) == "true":
+                send_link(path.parent, self._client, self.uri)
+        send_fingerprints(self._client, self.uri)
         for path in sorted(RUNS.glob(f"*/{CLOSING_FILE}")):
-            if not _mirrored(path.parent, "closed"):
-                close_parent(path.parent, self._client, self.uri)
-
-    def _send_report(self, report: Path | None) -> None:
-        if report is not None and report.is_file():
-            parent = mirror_execution(RUNS / self.execution, self._client, self.uri)
-            self._client.log_artifact(parent, str(report))
+            close_parent(path.parent, self._client, self.uri)
 
 
 def new_execution() -> str:
@@ -160,17 +162,19 @@ def record_reused(stage: Stage, execution: str, experiment: str) -> Path:
     return folder
 
 
-def mirror_reused(folder: Path, client: Any, uri: str) -> str:
-    """Send the record of a cached stage, with a link to the run that made what it reuses; return the run's id."""
-    tags = read_json(folder / RUN_FILE)["tags"]
-    run_id = mirror(folder, client, uri)
-    maker = find_maker(tags["headroom.stage"], tags[REUSED], client) if REUSED in tags else None
-    if maker is not None:
-        link = f"#/experiments/{maker.info.experiment_id}/runs/{maker.info.run_id}"
-        client.set_tag(run_id, MADE_BY, maker.info.run_id)
-        client.set_tag(run_id, "mlflow.note.content", f"Nothing changed since [{maker.info.run_name}]({link}) made it.")
-    _mark(folder, "linked")
-    return run_id
+def send_link(folder: Path, client: Any, uri: str) -> None:
+    """Send the record of a cached stage, with a link to the run that made what it reuses."""
+    with _once(folder, "linked") as wanted:
+        if not wanted:
+            return
+        tags = read_json(folder / RUN_FILE)["tags"]
+        run_id = mirror(folder, client, uri)
+        maker = find_maker(tags["headroom.stage"], tags[REUSED], client) if REUSED in tags else None
+        if maker is not None:
+            link = f"#/experiments/{maker.info.experiment_id}/runs/{maker.info.run_id}"
+            client.set_tag(run_id, MADE_BY, maker.info.run_id)
+            note = f"Nothing changed since [{maker.info.run_name}]({link}) made it."
+            client.set_tag(run_id, "mlflow.note.content", note)
 
 
 def find_maker(stage: str, output: str, client: Any) -> Any | None:
@@ -181,34 +185,47 @@ def find_maker(stage: str, output: str, client: Any) -> Any | None:
     return found[0] if found else None
 
 
-def tag_fingerprints(execution: str, fingerprints: Mapping[str, str], client: Any, uri: str) -> None:
-    """Add DVC's fingerprint to the finished runs of an execution that have none."""
+def record_fingerprints(execution: str, fingerprints: Mapping[str, str]) -> None:
+    """Add DVC's fingerprint to the records of the finished runs of an execution that have none."""
     for path in (RUNS / execution).glob(f"*/{RUN_FILE}"):
-        run = read_json(path)
-        known = fingerprints.get(run["name"])
-        if run["status"] != "FINISHED" or FINGERPRINT in run["tags"] or not known:
+        with file_lock(path):
+            run = read_json(path)
+            known = fingerprints.get(run["name"])
+            if run["status"] == "FINISHED" and FINGERPRINT not in run["tags"] and known:
+                run["tags"][FINGERPRINT] = known
+                write_json(path, run)
+
+
+def send_fingerprints(client: Any, uri: str) -> None:
+    """Tag MLflow's runs with the fingerprints that were recorded after they had ended there."""
+    for path in sorted(RUNS.glob(f"*/*/{RUN_FILE}")):
+        tags = read_json(path)["tags"]
+        if FINGERPRINT not in tags:
             continue
-        run["tags"][FINGERPRINT] = known
-        write_json(path, run)
-        client.set_tag(mirror(path.parent, client, uri), FINGERPRINT, known)
+        with _once(path.parent, "fingerprinted") as wanted:
+            if wanted:
+                client.set_tag(mirror(path.parent, client, uri), FINGERPRINT, tags[FINGERPRINT])
 
 
 def close_parent(folder: Path, client: Any, uri: str) -> None:
-    """Give the parent run of an execution that ended its status."""
-    closing = read_json(folder / CLOSING_FILE)
-    client.set_terminated(mirror_execution(folder, client, uri), closing["status"], closing["ended"])
-    _mark(folder, "closed")
+    """Give the parent run of an execution that ended its report and its status."""
+    with _once(folder, "closed") as wanted:
+        if not wanted:
+            return
+        closing = read_json(folder / CLOSING_FILE)
+        parent = mirror_execution(folder, client, uri)
+        report = closing.get("report")
+        if report and Path(report).is_file():
+            client.log_artifact(parent, report)
+        client.set_terminated(parent, closing["status"], closing["ended"])
 
 
-def _waits_for_link(folder: Path) -> bool:
-    return read_json(folder / RUN_FILE)["tags"].get(CACHED) == "true" and not _mirrored(folder, "linked")
-
-
-def _mirrored(folder: Path, mark: str) -> bool:
+@contextmanager
+def _once(folder: Path, mark: str) -> Iterator[bool]:
+    """Tell whether something is still to be sent of a run, and remember that it was, or that MLflow refused it."""
     path = folder / MIRROR_FILE
-    return path.exists() and bool(read_json(path).get(mark))
-
-
-def _mark(folder: Path, mark: str) -> None:
-    path = folder / MIRROR_FILE
-    write_json(path, {**read_json(path), mark: True})
+    wanted = not (path.exists() and read_json(path).get(mark))
+    with leave_refused(folder):
+        yield wanted
+    if wanted:
+        write_json(path, {**(read_json(path) if path.exists() else {}), mark: True})

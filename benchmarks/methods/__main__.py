@@ -176,7 +176,7 @@ def shorten(data: Path, texts: int, work: Path) -> Path:
     table = pyarrow.parquet.read_table(data / _TRAIN)
     if not 0 < texts <= len(table):
         raise UserError(f"--texts {texts}: there are {len(table)} training texts; take from 1 to as many")
-    folder = work / "data"
+    folder = work / "shortened-data"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(data, folder)
     chosen = numpy.sort(numpy.random.default_rng(0).permutation(len(table))[:texts])

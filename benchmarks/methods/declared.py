@@ -30,8 +30,8 @@ NOTHING: Changes = {
 """Plain fine-tuning: AdamW with the weight decay of the params, everything else off."""
 
 PLAIN = "plain"
-SELF_TRAINING = "finetune.self_training"
-"""Takes those texts of the corpus that the params take for distillation, which are like the task's."""
+OF_THE_TASK = "that of distill.transfer"
+"""Stands for the pattern by which the task's params know texts of the corpus that are like its own."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ class Method:
     def params(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The params of a run with this method, from those of the task."""
         params = changed(raw, self.changes if self.as_shipped else {**NOTHING, **self.changes})
-        if SELF_TRAINING in self.changes:
-            params["finetune"]["self_training"]["pattern"] = raw["distill"]["transfer"]["pattern"]
+        own = params["finetune"]["self_training"]
+        if own is not None and own["pattern"] == OF_THE_TASK:
+            own["pattern"] = raw["distill"]["transfer"]["pattern"]
         return params
 
 
@@ -135,7 +136,9 @@ METHODS: Sequence[Method] = (
         "self_training",
         "self-training",
         {
-            SELF_TRAINING: {"rounds": 1, "confidence": 0.9, "texts": 2000, "candidates": 20000, "pattern": "."}
+            "finetune.self_training": {
+                "rounds": 1, "confidence": 0.9, "texts": 2000, "candidates": 20000, "pattern": OF_THE_TASK,
+            }
         },
     ),
     # Averages of weights

@@ -41,10 +41,11 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _how(task: str, results: Mapping[tuple[str, int], Mapping[str, Any]], hardware: Mapping[str, Any]) -> str:
     """How the trainings of a task were done, in one line."""
     last = list(results.values())[-1]
+    commands = ", ".join(dict.fromkeys(f"`{line['command']}`" for line in results.values()))
     texts = f"{last['texts']:,} training texts, drawn once for all" if last.get("texts") else "all training texts"
     seeds = len({seed for _, seed in results})
     return (
-        f"- {task}: `{last['command']}`, {last['date']}, on {hardware['cpu']['model']}; threads a training: "
+        f"- {task}: {commands}, {last['date']}, on {hardware['cpu']['model']}; threads a training: "
         f"{last['threads']}; seeds: {seeds}; epochs: {last['epochs']} at most; {texts}."
     )
 

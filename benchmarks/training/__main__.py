@@ -33,8 +33,6 @@ _LONGEST_RUN_SECONDS = 1800.0
 _JUDGEMENTS = 4
 _EVALUATIONS_AN_EPOCH = 8
 _SEEDS_A_ROUND = {"pretrain": 1, "finetune": 2}
-_FINETUNED_EPOCHS = 2
-"""After which fine-tuning is stopped: the accuracy asked for is reached by then, and the clock is what counts."""
 _FEWEST_TIMED_STEPS = 2
 _PROFILED = {"pretrain": (4, 4), "finetune": (20, 39)}
 """First and last step; the short ones of fine-tuning differ in length."""
@@ -182,7 +180,7 @@ def _turn(
 def _last_step(contender: Contender, facts: Mapping[str, Any]) -> int:
     if contender.task == "pretrain":
         return int(facts["pretrain"]["steps"])
-    return _FINETUNED_EPOCHS * -(-int(facts["finetune"]["texts"]) // SHARED.finetune_batch_texts)
+    return SHARED.finetuned_epochs * -(-int(facts["finetune"]["texts"]) // SHARED.finetune_batch_texts)
 
 
 def _train(
@@ -269,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", default=str(results / "work"), help="scratch folder, emptied first")
     parser.add_argument("--results", default=str(results / "results.json"), help="file for the results")
     parser.add_argument("--docs", default="docs", help=f"folder of {_PAGE} and {_PICTURE}")
-    parser.add_argument("--rounds", type=int, default=3, help="in which all take turns, each with a seed of its own")
+    parser.add_argument("--rounds", type=int, default=3, help="in which all take turns, twice in fine-tuning")
     parser.add_argument("--tokens", type=int, default=24576, help="to pretrain on in a run")
     parser.add_argument("--accuracy", type=float, default=0.93, help="validation accuracy to time in fine-tuning")
     parser.add_argument("--seed", type=int, default=0, help="of the texts, and of the first round")

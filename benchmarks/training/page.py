@@ -132,16 +132,17 @@ def _finetuning(rows: Sequence[FinetuneRow], result: Mapping[str, Any]) -> str:
             "### Fine-tuning",
             "",
             f"{facts['labels']} labels, {facts['texts']:,} training texts of {facts['mean_tokens']:.1f} tokens, "
-            f"{shared['finetune_epochs']} epochs at most, batches of {shared['finetune_batch_texts']} texts (Headroom: "
-            f"{shared['finetune_batch_tokens']} tokens), {shared['precision']}, AdamW at "
-            f"{shared['finetune_learning_rate']:g}, warm-up and decay as above. Every {facts['judge_every']} steps the "
+            f"scheduled for {shared['finetune_epochs']} epochs and stopped after {shared['finetuned_epochs']}, batches "
+            f"of {shared['finetune_batch_texts']} texts (Headroom: {shared['finetune_batch_tokens']} tokens), "
+            f"{shared['precision']}, AdamW at {shared['finetune_learning_rate']:g}, warm-up and decay as above. Every "
+            f"{facts['judge_every']} steps the "
             f"clock stops and the model is judged on {facts['validation_texts']} validation texts. One such curve "
             f"jumps by a point from one judgement to the next; {100 * result['accuracy']:.1f} % accuracy is reached "
             f"where the mean curve of all {max(len(row.curves) for row in rows)} seeds first does. In brackets stands "
             "what leaving out one seed at a time makes of it. The whole process is from its start to its last step, "
             "imports and evaluations included.",
             "",
-            f"| | seconds to {100 * result['accuracy']:.1f} % | Headroom is | accuracy at the end, % "
+            f"| | seconds to {100 * result['accuracy']:.1f} % | Headroom is | accuracy then, % "
             "| whole process, s | tokens/s | Headroom is | not text | peak memory, MiB |",
             "| --- |" + " --- |" * 8,
             *(_finetune_line(row, mine) for row in rows),

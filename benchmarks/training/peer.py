@@ -74,7 +74,7 @@ def train_masked(
 
 
 def train_classifier(form: str, folder: Path, seed: int, watch: Watch) -> None:
-    """Fine-tune a classifier with the Trainer and dynamic padding; ends with `Enough` if it gets good enough.
+    """Fine-tune a classifier with the Trainer and dynamic padding; ends with `Enough`.
 
     Args:
         form: `dynamic` draws batches at random, `by_length` groups texts of similar length.

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from benchmarks.training.contenders import Contender
 from benchmarks.training.summary import PretrainRow
 
-_OURS, _INK, _GRID = "#0b6e4f", "#22262b", "#e3e5e8"
+_INK, _GRID = "#22262b", "#e3e5e8"
+_OURS = ("#0b6e4f", "#54b58f")
 _THEIRS = ("#8a8f98", "#b0702a", "#4a6fa5", "#7a4a8c")
 
 
@@ -44,8 +45,8 @@ def draw(
 def _colours(contenders: Sequence[Contender]) -> dict[str, str]:
     found: dict[str, str] = {}
     for task in ("pretrain", "finetune"):
-        theirs = iter(_THEIRS)
-        found |= {each.name: _OURS if each.headroom else next(theirs) for each in contenders if each.task == task}
+        ours, theirs = iter(_OURS), iter(_THEIRS)
+        found |= {each.name: next(ours if each.headroom else theirs) for each in contenders if each.task == task}
     return found
 
 

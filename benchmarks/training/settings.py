@@ -28,6 +28,8 @@ class Shared:
     finetune_batch_texts: int = 32
     finetune_learning_rate: float = 1e-4
     finetune_epochs: int = 3
+    finetuned_epochs: int = 2
+    """After which it is stopped: the accuracy asked for is reached by then, and the clock is what counts."""
 
 
 SHARED = Shared()

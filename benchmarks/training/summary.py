@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,14 +173,15 @@ def no_worse(difference: Mapping[str, float]) -> bool:
 def reached_ratio(ours: FinetuneRow, theirs: FinetuneRow) -> dict[str, float] | None:
     """How many times sooner our mean curve reaches the accuracy; None where one never does.
 
-    `low` and `high` are what leaving out one seed at a time makes of it.
+    `low` and `high` are what leaving out one seed at a time makes of it: 0 where we do not get there then, and
+    infinite where they do not.
     """
     mine, other = ours.seconds(), theirs.seconds()
     if mine is None or other is None:
         return None
     numbers = range(len(ours.curves)) if len(ours.curves) > 1 else ()
-    pairs = [(ours.seconds(number), theirs.seconds(number)) for number in numbers]
-    found = [slower / faster for faster, slower in pairs if faster and slower]
+    pairs = [(ours.seconds(number) or math.inf, theirs.seconds(number) or math.inf) for number in numbers]
+    found = [0.0 if faster == math.inf else slower / faster for faster, slower in pairs]
     ratio = other / mine
     return {"median": ratio, "low": min([ratio, *found]), "high": max([ratio, *found])}
 

@@ -91,8 +91,8 @@ def _finetune(request: dict[str, Any]) -> dict[str, Any]:
     folder, seed, form = Path(request["folder"]), request["seed"], request["form"]
     data, every = folder / ARTIFACTS / "tokenize" / "data", request["judge_every"]
     tokenizer = load_tokenizer(data / "tokenizer")
-    judged = range(every, request["last_step"] + 1, every)
-    asked = Asked(request["last_step"], judged, accuracy_judge(data), profiled=request["profiled"])
+    last = request["last_step"]
+    asked = Asked(last, [*range(every, last, every), last], accuracy_judge(data), profiled=request["profiled"])
     watch = Watch(asked, torch.tensor(tokenizer.all_special_ids))
     try:
         if form == "headroom":

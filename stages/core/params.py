@@ -335,7 +335,10 @@ class OptimizerParams(Section):
 
 
 class SaveParams(Section):
-    """How often a training run saves the state that it resumes from. It changes no result, and reruns no stage."""
+    """How often a training run saves the state that it resumes from.
+
+    No stage runs again for it: it changes no result, but where steps go bad and the run goes back to a saved state.
+    """
 
     seconds: NotNegative
     """Between two saved states; 0 saves after every step."""
@@ -399,8 +402,8 @@ class TrainingParams(Section):
     activation_checkpointing: Literal["auto"] | bool
     """Whether activations are computed twice rather than kept (1604.06174); auto: where the budget needs it."""
     memory_budget_mb: Number | None
-    """Of weights, gradients, Adam's moments and activations; batches are cut into micro-batches to keep it; null: no
-    budget."""
+    """Of weights, copies of them that the run keeps, gradients, Adam's moments and activations; batches are cut into
+    micro-batches to keep it; null: no budget."""
 
     @model_validator(mode="after")
     def _one_process_where_it_must_be(self) -> Self:

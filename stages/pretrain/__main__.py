@@ -62,7 +62,7 @@ class Pretraining:
         return {**tensors, **_documents(self.blocks.train_documents, rows)}
 
     def evaluate(self) -> tuple[float, dict[str, float]]:
-        """Held-out figures, the mean over all that is to be guessed; chance is the same every time."""
+        """Held-out figures, batches weighted as in the loss; chance is the same every time."""
         starts = range(0, len(self.blocks.heldout), _HELDOUT_BATCH)
         measured = [self._measure(slice(start, start + _HELDOUT_BATCH)) for start in starts]
         names = dict.fromkeys(name for _, batch in measured for name in batch)

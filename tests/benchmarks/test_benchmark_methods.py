@@ -39,6 +39,8 @@ def test_every_method_is_a_valid_change_of_every_preset(preset: Path) -> None:
         seen[method.name] = params.finetune.model_dump_json()
     others = [dump for name, dump in seen.items() if name != "shipped"]
     assert len(set(others)) == len(others)
+    taught = parse_params(choose(["self_training"])[1].params(raw), "").finetune.self_training
+    assert taught is not None and taught.pattern == raw["distill"]["transfer"]["pattern"]
     assert parse_params(METHODS[1].params(raw), "").model_dump() == parse_params(raw, "").model_dump()
 
 

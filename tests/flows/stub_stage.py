@@ -61,6 +61,10 @@ def _behave(name: str, behaviour: list[str], order: Path) -> int:
         case ["die", "once"]:
             order.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
+        case ["wait", file]:
+            deadline = time.monotonic() + 120
+            while not Path(file).exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
         case ["sleep", seconds]:
             try:
                 time.sleep(float(seconds))

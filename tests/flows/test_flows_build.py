@@ -13,6 +13,7 @@ from uuid import UUID
 import pytest
 
 from flows.lock import only_run
+from flows.process import Processes
 from flows.summary import RunSummary
 from flows.tracking import CACHED, FINGERPRINT, MADE_BY
 from stages.core.artifacts import read_json
@@ -248,9 +249,9 @@ def test_a_failed_run_and_its_report_reach_the_parent(built) -> None:
 def test_the_flow_shows_a_stage_while_it_runs_and_spares_it_mlflow(project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.tracking.SECONDS_BETWEEN_PUSHES", 0.2)
     project.track("acquire")
-    project.behave("acquire", "sleep 15")
+    project.behave("acquire", "wait seen")
     seen: list[str] = []
-    watcher = threading.Thread(target=_watch_for_loss, args=(seen,), daemon=True)
+    watcher = threading.Thread(target=_watch_for_loss, args=(seen, project.folder / "seen"), daemon=True)
     watcher.start()
     _, summary = run_flow(stage="acquire")
     watcher.join()
@@ -259,14 +260,23 @@ def test_the_flow_shows_a_stage_while_it_runs_and_spares_it_mlflow(project, monk
     assert Path("imported-acquire").read_text() == "nothing slow"
 
 
-def _watch_for_loss(seen: list[str]) -> None:
-    """Note the status of the first run in MLflow that has a point of its loss."""
+def _watch_for_loss(seen: list[str], found: Path) -> None:
+    """Note the status of the first run in MLflow that has a point of its loss, and make a file then."""
     client = open_client(tracking_uri(load_params(Path("params.yaml"))))
     deadline = time.monotonic() + 60
     while not seen and time.monotonic() < deadline:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         seen += [run.info.status for run in client.search_runs(experiments) if "loss" in run.data.metrics]
         time.sleep(0.1)
+    found.touch()
+
+
+def test_a_stage_that_no_tracker_follows_tells_mlflow_itself(project) -> None:
+    project.track("acquire")
+    for stage in ("fingerprint", "acquire"):
+        assert Processes().repro(stage, "alone", print).kind == "ran"
+    _, runs = mlflow_runs({"execution": "alone"})
+    assert runs["acquire"].info.status == "FINISHED"
 
 
 def test_without_mlflow_the_run_goes_on_and_is_filled_in_later(
@@ -287,17 +297,19 @@ def test_without_mlflow_the_run_goes_on_and_is_filled_in_later(
 def test_mlflow_that_comes_back_is_told_by_the_same_run(
     project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    answers = iter([ConnectionError("away"), ConnectionError("still away")])
+    calls = []
 
     def open_at_last(uri: str) -> Any:
-        for problem in answers:
-            raise problem
+        calls.append(uri)
+        if not list(Path("artifacts/.runs").glob("*/ended.json")):  # until all is over
+            raise ConnectionError("away")
         return open_client(uri)
 
     monkeypatch.setattr("flows.tracking.open_client", open_at_last)
     monkeypatch.setattr("flows.tracking.SECONDS_BETWEEN_PUSHES", 0.2)
     project.track("acquire")
     _, summary = run_flow(stage="acquire")
+    assert len(calls) > 2
     assert capfd.readouterr().err.count("away") == 1
     parent, runs = mlflow_runs(summary)
     assert (parent.info.status, runs["acquire"].info.status) == ("FINISHED", "FINISHED")

@@ -18,6 +18,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ HISTORY_FILE = "history.jsonl"
 PARENT_FILE = "execution.json"
 
 SECONDS_BETWEEN_PUSHES = 5.0
-"""A stage's own thread takes turns with the one that trains, so it does not send at every step."""
+"""Whoever sends takes time from what trains or measures meanwhile."""
 
 _SECONDS_TO_WAIT_AT_THE_END = 30.0
 _SECONDS_TO_WAIT_WHEN_INTERRUPTED = 3.0
 _POINTS_PER_BATCH = 900  # MLflow takes at most 1000 metrics in one call
 _PARAMS_PER_BATCH = 90  # and at most 100 params
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 _LONGEST_PARAM = 500
 _LONGEST_NAME = 250
 _SHOWN = {".json", ".csv", ".md", ".png", ".svg", ".html"}
@@ -138,7 +140,7 @@ def open_execution(params: Params) -> str:
     """Return the id of the execution this process belongs to, and record the execution if it is new."""
     execution = os.environ.get(EXECUTION_VARIABLE) or _execution_of_process()
     path = RUNS / execution / PARENT_FILE
-    with _lock(path):
+    with file_lock(path):
         if not path.exists():
             record = {
                 "name": datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
@@ -172,15 +174,19 @@ def open_client(uri: str) -> Any:
 
 def complain(uri: str, problem: Exception) -> None:
     """Say in one line, without secrets, that MLflow is away and that this costs nothing."""
-    reason = re.sub(r"//\S*@", "//", " ".join(str(problem).split()))[:120]
+    reason = _without_secrets_in(problem)
     say(f"MLflow at {_without_secrets(uri)} cannot be reached ({reason}); going on, the run is filled in later")
+
+
+def _without_secrets_in(problem: Exception) -> str:
+    return re.sub(r"//\S*@", "//", " ".join(str(problem).split()))[:120]
 
 
 def mirror_all(client: Any, uri: str) -> int:
     """Fill in every ended run that `uri` does not hold yet; return how many were waiting."""
     waiting = [path.parent for path in sorted(RUNS.glob(f"*/*/{RUN_FILE}")) if _waits(path.parent, uri)]
     for folder in waiting:
-        mirror(folder, client, uri)
+        _mirror_or_leave(folder, client, uri)
     return len(waiting)
 
 
@@ -188,12 +194,33 @@ def mirror_live(execution: str, client: Any, uri: str) -> None:
     """Send what is new of the runs of an execution that is going."""
     for path in sorted((RUNS / execution).glob(f"*/{RUN_FILE}")):
         if not _mirror_state(path.parent, uri)["ended"]:
-            mirror(path.parent, client, uri)
+            _mirror_or_leave(path.parent, client, uri)
+
+
+def _mirror_or_leave(folder: Path, client: Any, uri: str) -> None:
+    with leave_refused(folder):
+        mirror(folder, client, uri)
+        return
+    with file_lock(folder / RUN_FILE):
+        write_json(folder / MIRROR_FILE, {**_mirror_state(folder, uri), "ended": True})
+
+
+@contextmanager
+def leave_refused(folder: Path) -> Iterator[None]:
+    """Go on where MLflow answers that it will not have something of a run, as after its deletion, and say so."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as problem:
+        if problem.error_code not in _REFUSALS:
+            raise
+        say(f"{folder}: MLflow does not take this run ({_without_secrets_in(problem)}); it is left out there")
 
 
 def mirror(folder: Path, client: Any, uri: str) -> str:
     """Send what MLflow does not hold yet of one run; calling it again sends only what is new. Return the run's id."""
-    with _lock(folder / RUN_FILE):
+    with file_lock(folder / RUN_FILE):
         run, state = read_json(folder / RUN_FILE), _mirror_state(folder, uri)
         if not state["described"]:
             parent = mirror_execution(folder.parent, client, uri)
@@ -208,7 +235,7 @@ def mirror(folder: Path, client: Any, uri: str) -> str:
 
 def mirror_execution(folder: Path, client: Any, uri: str) -> str:
     """Create the parent run of an execution where it is missing; return its id."""
-    with _lock(folder / PARENT_FILE):
+    with file_lock(folder / PARENT_FILE):
         state = _mirror_state(folder, uri)
         if not state["described"]:
             _describe(client, read_json(folder / PARENT_FILE), {}, folder, state)
@@ -267,8 +294,10 @@ def _keep_mirrored(folder: Path, uri: str, stop: threading.Event) -> None:
 def _waits(folder: Path, uri: str) -> bool:
     run = read_json(folder / RUN_FILE)
     if run["ended"] is None and not _is_running(run):
-        run.update(status="KILLED", ended=milliseconds())
-        write_json(folder / RUN_FILE, run)
+        run = read_json(folder / RUN_FILE)  # it may have ended between the first look and the second
+        if run["ended"] is None:
+            run.update(status="KILLED", ended=milliseconds())
+            write_json(folder / RUN_FILE, run)
     return run["ended"] is not None and not _mirror_state(folder, uri)["ended"]
 
 
@@ -397,6 +426,7 @@ def _without_secrets(uri: str) -> str:
     return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark and not scheme.startswith("sqlite") else uri
 
 
-def _lock(path: Path) -> FileLock:
+def file_lock(path: Path) -> FileLock:
+    """A lock beside a file, for threads and processes that change it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(f".{path.name}.lock"), timeout=60)

@@ -121,7 +121,7 @@ def test_a_stage_that_the_flow_mirrors_sends_nothing_itself(
     monkeypatch.setenv("HEADROOM_MIRRORED", "1")
     record = RunRecord.start("clean", params, {})
     record.log(1, {"loss": 0.5})
-    time.sleep(0.5)
+    assert not record._thread.is_alive()
     assert client.get_experiment_by_name(params.tracking.experiment) is None
     mirror_live("first", client, uri)
     assert runs_of(client, params)["clean"].info.status == "RUNNING"
@@ -132,6 +132,27 @@ def test_a_stage_that_the_flow_mirrors_sends_nothing_itself(
     mirror_live("first", client, uri)
     assert has_points(client, params, 2)
     assert runs_of(client, params)["clean"].info.status == "FINISHED"
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_left_out_and_holds_up_no_other(
+    uri: str,
+    client: MlflowClient,
+    params: Params,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HEADROOM_MIRRORED", "1")
+    deleted = RunRecord.start("clean", params, {})
+    mirror_live("first", client, uri)
+    client.delete_run(runs_of(client, params)["clean"].info.run_id)
+    deleted.finish(output)
+    RunRecord.start("tokenize", params, {}).finish(output)
+    for _ in range(2):
+        mirror_live("first", client, uri)
+        assert mirror_all(client, uri) == 0
+    assert capfd.readouterr().err.count("MLflow does not take this run") == 1
+    assert runs_of(client, params)["tokenize"].info.status == "FINISHED"
 
 
 def test_a_finished_run_holds_params_tags_metrics_and_files(client: MlflowClient, params: Params, output: Path) -> None:

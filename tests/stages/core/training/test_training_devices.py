@@ -60,7 +60,10 @@ def begin(*command: str, folder: Path, **environment: str) -> subprocess.Popen[s
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait until a command has done what it should; return what it said."""
-    _, said = process.communicate(timeout=SECONDS)
+    try:
+        _, said = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
     assert process.returncode == 0, said[-3000:]
     return said
 
@@ -238,7 +241,11 @@ def test_two_machines_train_together(project: Path, tmp_path: Path, monkeypatch:
         )
         for rank, folder in (("0", project), ("1", other))
     ]
-    first, second = map(finish, machines)
+    try:
+        first, second = map(finish, machines)
+    finally:
+        for machine in machines:
+            machine.kill()
     assert len([line for line in first.splitlines() if line.startswith("finetune: ")]) == 3, first
     assert "finetune: " not in second
     assert not (other / "together").exists()
