@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import shlex
 import signal
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calls import repeatable_call
 from benchmarks.contenders import PEERS, REFERENCE, Contender, choose, headroom_contenders
 from benchmarks.headroom import chosen
 from benchmarks.measure import Plan, mean_tokens, measure, read_results
@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{REFERENCE}: {measured[REFERENCE]['error']}; without it there is nothing to compare with")
     test = load_examples(plan.data, "test")
     result = {
-        "command": _command(arguments),
+        "command": repeatable_call(_parser(), arguments, _FOLDERS),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "contenders": [dataclasses.asdict(contender) for contender in contenders],
         "measured": measured,
@@ -103,16 +103,6 @@ def _run(arguments: argparse.Namespace) -> None:
     say(f"{len(rows) - len(failures)} contenders measured, {len(failures)} failed; {arguments.docs}/benchmarks.md")
     for row in failures:
         say(f"failed: {row.title}: {row.error}")
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The call as another machine would repeat it: what differs from the defaults, folders left out."""
-    given = [
-        f"--{name.replace('_', '-')} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"
-        for name, value in vars(arguments).items()
-        if name not in _FOLDERS and value != _parser().get_default(name)
-    ]
-    return " ".join(["python -m benchmarks", *given])
 
 
 def _write_docs(results: Mapping[str, Any], docs: Path) -> None:

@@ -6,7 +6,6 @@ import argparse
 import datetime
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ import numpy
 import pyarrow.parquet
 import yaml
 
+from benchmarks.calls import repeatable_call
 from benchmarks.environments import last_complaint
 from benchmarks.markers import put_between
 from benchmarks.methods.declared import METHODS, Method, changed, choose
@@ -157,7 +157,7 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
         inputs["data"] = shorten(inputs["data"], arguments.texts, Path(arguments.work).absolute())
     folders = {role: str(folder) for role, folder in inputs.items()}
     base = _digest({**raw, "seed": 0}, arguments.params, [digest(folder) for folder in inputs.values()])
-    asked = {"command": _command(arguments), "texts": arguments.texts}
+    asked = {"command": repeatable_call(_parser(), arguments, _FOLDERS), "texts": arguments.texts}
     jobs = []
     for seed in range(raw["seed"], raw["seed"] + arguments.seeds):
         for method in choose(arguments.only):
@@ -183,17 +183,6 @@ def shorten(data: Path, texts: int, work: Path) -> Path:
     pyarrow.parquet.write_table(table.take(chosen), folder / _TRAIN)
     write_manifest(folder)
     return folder
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The call as another machine would repeat it: what differs from the defaults, folders left out."""
-    given = {name: value for name, value in vars(arguments).items() if name not in _FOLDERS}
-    named = [
-        [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-        for name, value in given.items()
-        if value != _parser().get_default(name)
-    ]
-    return shlex.join(["python", "-m", "benchmarks.methods", *(word for words in named for word in words)])
 
 
 def _digest(raw: Mapping[str, Any], where: str, others: Sequence[str]) -> str:

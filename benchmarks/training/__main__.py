@@ -8,7 +8,6 @@ import datetime
 import importlib.metadata
 import json
 import random
-import shlex
 import shutil
 import signal
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calls import repeatable_call
 from benchmarks.markers import put_between
 from benchmarks.training.contenders import Contender, choose
 from benchmarks.training.page import MARKER, render
@@ -135,7 +135,7 @@ def _measure(arguments: argparse.Namespace, contenders: Sequence[Contender]) -> 
                 say(f"{contender.title}: {error}")
     profiles = _profiles(work, contenders, facts, arguments, failures) if arguments.profile else {}
     return {
-        "command": _command(arguments),
+        "command": repeatable_call(_parser(), arguments, _FOLDERS),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "rounds": arguments.rounds,
         "accuracy": arguments.accuracy,
@@ -240,17 +240,6 @@ def _ask(work: Path, name: str, **request: Any) -> dict[str, Any]:
     run_once(Path(sys.executable), _WORKER, {**request, "answer": str(answer)}, _LONGEST_RUN_SECONDS)
     found: dict[str, Any] = read_json(answer)
     return found
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The call as another machine would repeat it: what differs from the defaults, folders left out."""
-    given = []
-    for name, value in vars(arguments).items():
-        if name in _FOLDERS or value == _parser().get_default(name):
-            continue
-        words = [] if value is True else map(str, value if isinstance(value, list) else [value])
-        given.append(shlex.join([f"--{name}", *words]))
-    return " ".join(["python -m benchmarks.training", *given])
 
 
 def _parser() -> argparse.ArgumentParser:

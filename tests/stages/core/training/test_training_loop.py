@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import training_problem
 from torch import nn
 from training_problem import OPTIMIZER, TRAINING
 
 from stages.core.params import FaultParams, SaveParams
 from stages.core.training.loop import train
-from stages.core.training.recipe import Batch, Position, Recipe, Tensors
+from stages.core.training.recipe import Position, Recipe, Tensors
 
 SAVES = SaveParams(seconds=60.0, steps=None, keep=2)
 FAULTS = FaultParams(spike=10.0, window=32, skips=3, rollbacks=3, rate_factor=0.5)
@@ -38,25 +39,13 @@ class FakeRun:
         self.said.append(message)
 
 
-class Problem:
-    """A noisy line to fit, with dropout, so that the generator's state matters."""
+class Problem(training_problem.Problem):
+    """The line to fit with dropout as its only noise; it can be interrupted, and is judged."""
 
     def __init__(self) -> None:
-        torch.manual_seed(3)
-        self.inputs = torch.randn(40, 3)
-        self.targets = self.inputs @ torch.tensor([1.0, -2.0, 0.5]) + 0.1 * torch.randn(40)
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 1))
+        super().__init__()
         self.steps = 0
         self.interrupt_at: int | None = None
-
-    def batches(self, index: int) -> list[list[int]]:
-        order = torch.randperm(40, generator=torch.Generator().manual_seed(index)).tolist()
-        return [order[start : start + 4] for start in range(0, 40, 4)]
-
-    def prepare(self, batch: Batch) -> Tensors:
-        rows = torch.tensor(list(batch))
-        return {"inputs": self.inputs[rows], "targets": self.targets[rows]}
 
     def loss(self, tensors: Tensors) -> torch.Tensor:
         self.steps += 1
@@ -69,7 +58,7 @@ class Problem:
             loss = float((self.model(self.inputs).squeeze(-1) - self.targets).square().mean())
         return -loss, {"validation_loss": loss}
 
-    def fit(self, run: FakeRun, **changes: Any) -> Position:
+    def fit(self, run: FakeRun, **changes: Any) -> Position:  # type: ignore[override]
         settings: dict[str, Any] = {"optimizer": OPTIMIZER, "rounds": 4, **changes}
         recipe = Recipe(batches=self.batches, prepare=self.prepare, loss=self.loss, evaluate=self.evaluate, **settings)
         return train(self.model, recipe, run, "fit")  # type: ignore[arg-type]
